@@ -1,0 +1,333 @@
+// matvec: y = x W^T for a few rows of x. The packed weights stream once, whatever M is; each word
+// is decoded in registers and multiplied with all rows of x.
+//
+//   tasks        blocks of stored rows of W, over the threads
+//   for each     block of K that keeps the packed x in L1
+//     for each   R rows of W x T rows of x at a time, in registers:
+//                  sum[r][t] over a chunk of codes, then total[r][t] += scale * sum
+//
+// Affine biases enter as one dot product with the group sums of x. Since codes meet x before the
+// scale does, rows with extreme x (kernels/cpu/activations.h) take matmul instead.
+#include <utility>
+
+#include "activations.h"
+#include "kernels_of.h"
+
+LOWBIT_BEGIN
+
+using cpu::Arithmetic;
+using cpu::parallel_for;
+using cpu::Plan;
+using cpu::Product;
+
+namespace {
+
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kAccumulators = 8;  // R * T, of 32 vector registers: sums, totals, codes, tables
+#else
+constexpr int kAccumulators = 4;  // of 16
+#endif
+constexpr int kMaxTokens = kAccumulators;  // rows of x in one pass over the weights
+constexpr int64_t kL1Bytes = 32768;
+
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Rows of x in a register tile that serves `count` of them.
+int64_t tile_tokens(int64_t count) { return count > 4 ? 8 : count > 2 ? 4 : count; }
+
+// x as the decoder wants it: [token][chunk][vector][element], zero beyond K, and the sums of its
+// groups.
+template <class Decoder>
+struct PackedX {
+  using Element = typename Decoder::Element;
+  Element* data;
+  float* group_sums;  // [token][groups, padded]
+  int64_t K, chunks, groups;
+
+  PackedX(int64_t K, int group_size)
+      : K(K), chunks(up(K, Decoder::kChunk) / Decoder::kChunk),
+        groups(group_size ? Groups::padded(K / group_size) : 0) {}
+  int64_t row() const { return chunks * Decoder::kChunk; }
+  size_t bytes(int64_t tokens) const {
+    return size_t(up(tokens * row() * int64_t(sizeof(Element)), 64) + tokens * groups * 4);
+  }
+
+  void pack(const float* in, int64_t token, int group_size) {
+    Element* out = data + token * row();
+    for (int64_t c = 0; c < chunks; c++) {
+      const float* from = in + c * Decoder::kChunk;
+      for (int v = 0; v < Decoder::kVectors; v++)
+        for (int i = 0; i < Decoder::kWidth; i++)
+          *out++ = from_float<Element>(from[Decoder::element(v, i)]);
+    }
+    float* sums = group_sums + token * groups;
+    for (int64_t g = 0; g < groups; g++) sums[g] = 0.0f;
+    if (group_size == 0) return;
+    for (int64_t g = 0; g < K / group_size; g++) {
+      f32 sum = zero();
+      const float* from = in + g * group_size;
+      for (int k = 0; k < group_size; k += kLanes) sum = add(sum, load(from + k));
+      sums[g] = reduce(sum);
+    }
+  }
+};
+
+// Partial sums of R rows of W with T rows of x, over chunks [begin, end). Chunks from `whole` on
+// are copied first: they end beyond the row, or their loads could reach beyond the array.
+template <class Decoder, int R, int T>
+struct Tile {
+  using Element = typename Decoder::Element;
+  explicit Tile(const Decoder& decoder) : decoder(decoder) {}
+
+  const Decoder& decoder;
+  const uint8_t* codes[R];
+  const float* scale[R];
+  const Element* x;  // of the first chunk of K
+  int64_t token_stride, row_bytes;
+  int group_shift;
+  u32 lane_group;
+
+  f32 total[R][T];
+
+  LOWBIT_FN void chunk(const uint8_t* const (&from)[R], int64_t c, int64_t c0) {
+    typename Decoder::Raw raw[R];
+    for (int r = 0; r < R; r++) raw[r] = decoder.read(from[r]);
+    const Element* xc = x + c * Decoder::kChunk;
+    if constexpr (Decoder::kScaled) {
+      f32 sum[R][T];
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) sum[r][t] = zero();
+      multiply(raw, xc, sum, std::make_integer_sequence<int, Decoder::kVectors>());
+      const int64_t g = (c * Decoder::kChunk >> group_shift) - (c0 * Decoder::kChunk >> group_shift);
+      for (int r = 0; r < R; r++) {
+        const f32 s = permute(load(scale[r] + g), lane_group);
+        for (int t = 0; t < T; t++) total[r][t] = fma(s, sum[r][t], total[r][t]);
+      }
+    } else {
+      multiply(raw, xc, total, std::make_integer_sequence<int, Decoder::kVectors>());
+    }
+  }
+
+  template <int... v>
+  LOWBIT_FN void multiply(const typename Decoder::Raw (&raw)[R], const Element* xc,
+                          f32 (&sum)[R][T], std::integer_sequence<int, v...>) {
+    (one<v>(raw, xc, sum), ...);
+  }
+  template <int v>
+  LOWBIT_FN void one(const typename Decoder::Raw (&raw)[R], const Element* xc, f32 (&sum)[R][T]) {
+    for (int r = 0; r < R; r++) {
+      const auto w = decoder.template vector<v>(raw[r]);
+      for (int t = 0; t < T; t++)
+        sum[r][t] = Decoder::dot(w, xc + t * token_stride + v * Decoder::kWidth, sum[r][t]);
+    }
+  }
+
+  void run(int64_t begin, int64_t end, int64_t whole) {
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) total[r][t] = zero();
+    alignas(64) uint8_t copy[R][Decoder::kRead + 64];
+    for (int64_t c = begin; c < end; c++) {
+      const uint8_t* from[R];
+      const int64_t at = c * Decoder::kBytes, left = row_bytes - at;
+      for (int r = 0; r < R; r++) from[r] = codes[r] + at;
+      if (c >= whole) [[unlikely]] {
+        for (int r = 0; r < R; r++) {
+          std::memset(copy[r], 0, sizeof copy[r]);
+          std::memcpy(copy[r], from[r], size_t(left < Decoder::kBytes ? left : Decoder::kBytes));
+          from[r] = copy[r];
+        }
+      }
+      chunk(from, c, begin);
+    }
+  }
+};
+
+template <class Decoder>
+struct Matvec {
+  const Product& p;
+  const Plan& plan;
+  const Decoder& decoder;
+  const PackedX<Decoder>& x;
+  int64_t k_chunks;  // of a block of K
+  int group_shift = 0;
+  alignas(64) uint32_t lane_group[kLanes];
+
+  Matvec(const Product& p, const Plan& plan, const Decoder& decoder, const PackedX<Decoder>& x,
+         int64_t k_chunks)
+      : p(p), plan(plan), decoder(decoder), x(x), k_chunks(k_chunks) {
+    if constexpr (Decoder::kScaled) {
+      while ((1 << group_shift) < p.w.group_size) group_shift++;
+      for (int i = 0; i < kLanes; i++)
+        lane_group[i] = uint32_t(Decoder::lane_begin(i) >> group_shift);
+    }
+  }
+
+  int64_t block_groups() const {
+    return Decoder::kScaled ? Groups::padded((k_chunks * Decoder::kChunk >> group_shift) + 1) : 0;
+  }
+  // Per thread: scales and biases of R rows, sums of a task's rows.
+  int64_t floats(int T) const {
+    return up(2 * kAccumulators * block_groups() + int64_t(plan.row_block) * T, 16);
+  }
+
+  // Rows [row, row + count) of W, count <= R; the tile's other rows repeat the last one.
+  template <int R, int T>
+  void rows(int64_t row, int64_t count_rows, int64_t token, int64_t c0, int64_t c1, float* room,
+            float* sums) const {
+    const Matrix& w = p.w;
+    Tile<Decoder, R, T> tile(decoder);
+    tile.x = x.data + token * x.row();
+    tile.token_stride = x.row();
+    tile.row_bytes = w.row_bytes;
+    tile.group_shift = group_shift;
+    const int64_t g0 = c0 * Decoder::kChunk >> group_shift;
+    const int64_t k1 = c1 * Decoder::kChunk < x.K ? c1 * Decoder::kChunk : x.K;
+    const int64_t count = ((k1 + (int64_t(1) << group_shift) - 1) >> group_shift) - g0;
+    Groups groups[R];
+    for (int r = 0; r < R; r++) {
+      const int64_t at = row + (r < count_rows ? r : count_rows - 1);
+      tile.codes[r] = w.codes + at * w.row_bytes;
+      if constexpr (Decoder::kScaled) {
+        groups[r] = {room + 2 * r * block_groups(),
+                     w.biases ? room + (2 * r + 1) * block_groups() : nullptr};
+        groups[r].read(w, at, g0, count, Decoder::kOffset);
+        tile.scale[r] = groups[r].scale;
+      }
+    }
+    if constexpr (Decoder::kScaled) tile.lane_group = load(lane_group);
+    const int64_t within = w.row_bytes / Decoder::kBytes;
+    const int64_t readable = (w.end - tile.codes[R - 1] - Decoder::kRead) / Decoder::kBytes + 1;
+    tile.run(c0, c1, readable < within ? readable : within);
+    for (int r = 0; r < R && r < count_rows; r++)
+      for (int t = 0; t < T; t++) {
+        f32 total = tile.total[r][t];
+        if constexpr (Decoder::kScaled)
+          if (groups[r].bias) {
+            const float* xs = x.group_sums + (token + t) * x.groups + g0;
+            for (int64_t g = 0; g < count; g += kLanes)
+              total = fma(load(groups[r].bias + g), load(xs + g), total);
+          }
+        sums[t * plan.row_block + r] += reduce(total);
+      }
+  }
+
+  template <int T>
+  void task(int64_t first_row, int64_t token, int64_t tokens, float* room) const {
+    constexpr int R = T >= kAccumulators ? 1 : (kAccumulators / T < 4 ? kAccumulators / T : 4);
+    float* sums = room + 2 * kAccumulators * block_groups();
+    const int64_t left = p.w.rows - first_row;
+    const int64_t count = left < plan.row_block ? left : plan.row_block;
+    for (int64_t i = 0; i < plan.row_block * T; i++) sums[i] = 0.0f;
+    for (int64_t c0 = 0; c0 < x.chunks; c0 += k_chunks) {
+      const int64_t c1 = c0 + k_chunks < x.chunks ? c0 + k_chunks : x.chunks;
+      for (int64_t r = 0; r < count; r += R)
+        rows<R, T>(first_row + r, count - r, token, c0, c1, room, sums + r);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+      write_row(p.y, token + t, first_row, count, sums + t * plan.row_block);
+  }
+};
+
+template <class Decoder, int T>
+void run_tokens(const Matvec<Decoder>& m, int64_t token, int64_t tokens, const Pool& pool,
+                float* room) {
+  const int64_t tasks = up(m.p.w.rows, m.plan.row_block) / m.plan.row_block;
+  parallel_for(pool, tasks, [&](int64_t i, int thread) {
+    m.template task<T>(i * m.plan.row_block, token, tokens, room + thread * m.floats(kMaxTokens));
+  });
+}
+
+// Returns false when x is too extreme for codes to meet it before their scale.
+template <class Decoder>
+bool run_matvec(const Product& p, const Plan& plan, const Pool& pool) {
+  static const Decoder decoder;
+  const int64_t K = p.w.columns, M = p.x.count;
+  PackedX<Decoder> x(K, Decoder::kScaled ? p.w.group_size : 0);
+  const int64_t tokens = M / kMaxTokens * kMaxTokens + tile_tokens(M % kMaxTokens);
+  const int64_t per_chunk = Decoder::kChunk * int64_t(sizeof(typename Decoder::Element));
+  int64_t k_chunks = kL1Bytes / (per_chunk * (M < kMaxTokens ? M : kMaxTokens));
+  const int64_t unit = 128 / Decoder::kChunk < 1 ? 1 : 128 / Decoder::kChunk;
+  k_chunks = k_chunks < unit ? unit : k_chunks / unit * unit;
+  if (k_chunks > x.chunks) k_chunks = up(x.chunks, unit);
+  const Matvec<Decoder> m(p, plan, decoder, x, k_chunks);
+
+  const int64_t row_floats = up(x.row(), 16);
+  const size_t packed = size_t(up(int64_t(x.bytes(tokens)), 64));
+  char* scratch = static_cast<char*>(pool.scratch(
+      packed + size_t(pool.threads) * size_t(row_floats + m.floats(kMaxTokens)) * 4));
+  x.data = reinterpret_cast<typename Decoder::Element*>(scratch);
+  x.group_sums = reinterpret_cast<float*>(
+      scratch + up(tokens * x.row() * int64_t(sizeof(typename Decoder::Element)), 64));
+  float* rows = reinterpret_cast<float*>(scratch + packed);
+  float* room = rows + pool.threads * row_floats;
+
+  bool any_extreme = false;
+  const auto pack = [&](int64_t t, int thread) {
+    float* row = rows + thread * row_floats;
+    for (int64_t k = K; k < row_floats; k++) row[k] = 0.0f;
+    if (t < M) {
+      read_row(p.x, t, K, row);
+      if (Decoder::kScaled && extreme(row, K)) __atomic_store_n(&any_extreme, true, 0);
+      if (p.x.quantize != Format::dense)
+        round_trip(p.x.quantize, p.x.dtype, row, K, p.x.global_scale);
+    } else {
+      for (int64_t k = 0; k < K; k++) row[k] = 0.0f;
+    }
+    x.pack(row, t, Decoder::kScaled ? p.w.group_size : 0);
+  };
+  if (tokens <= 2) {
+    for (int64_t t = 0; t < tokens; t++) pack(t, 0);
+  } else {
+    parallel_for(pool, tokens, pack);
+  }
+  if (any_extreme) return false;
+
+  for (int64_t t = 0; t < M; t += kMaxTokens) {
+    const int64_t count = M - t < kMaxTokens ? M - t : kMaxTokens;
+    switch (tile_tokens(count)) {
+      case 1: run_tokens<Decoder, 1>(m, t, count, pool, room); break;
+      case 2: run_tokens<Decoder, 2>(m, t, count, pool, room); break;
+      case 4: run_tokens<Decoder, 4>(m, t, count, pool, room); break;
+      default: run_tokens<Decoder, kMaxTokens>(m, t, count, pool, room);
+    }
+  }
+  return true;
+}
+
+template <class Code>
+bool run_codes(const Product& p, const Plan& plan, const Pool& pool) {
+#if defined(__AVX512BF16__)
+  if (plan.arithmetic != Arithmetic::f32)
+    return run_matvec<typename PairsOf<Code>::type>(p, plan, pool);
+#endif
+  return run_matvec<LaneDecoder<Code>>(p, plan, pool);
+}
+
+bool run_dense(const Product& p, const Plan& plan, const Pool& pool) {
+#if defined(__AVX512BF16__)
+  if (plan.arithmetic != Arithmetic::f32 && p.dense_dtype == Dtype::bf16)
+    return run_matvec<DensePairs>(p, plan, pool);
+#endif
+  switch (p.dense_dtype) {
+    case Dtype::f32: return run_matvec<DenseDecoder<float>>(p, plan, pool);
+    case Dtype::f16: return run_matvec<DenseDecoder<f16>>(p, plan, pool);
+    case Dtype::bf16: return run_matvec<DenseDecoder<bf16>>(p, plan, pool);
+  }
+  return false;
+}
+
+}  // namespace
+
+void matvec(const Product& p, const Plan& plan, const Pool& pool) {
+  bool done = false;
+  if (p.format == Format::dense) {
+    done = run_dense(p, plan, pool);
+  } else {
+    visit(p.format, [&](auto tag) {
+      done = run_codes<typename decltype(tag)::type::Code>(p, plan, pool);
+    });
+  }
+  if (!done) matmul(p, plan, pool);
+}
+
+LOWBIT_END

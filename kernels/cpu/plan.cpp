@@ -1,0 +1,147 @@
+// The plan table of the CPU: one row an instruction set, best first, and the choice among them.
+#include "../host/plan.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "pool.h"
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace lowbit {
+
+#define LOWBIT_CPU_TARGET(name) \
+  namespace name {              \
+  const cpu::Kernels& kernels(); \
+  }
+#include "targets.def"
+#undef LOWBIT_CPU_TARGET
+
+namespace cpu {
+
+namespace {
+
+[[maybe_unused]] bool always() { return true; }
+
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+}
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+[[maybe_unused]] bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+[[maybe_unused]] bool has_amx() {
+#if defined(__linux__)
+  // CPUID says what the processor has (leaf 7: amx-bf16 bit 22, amx-tile bit 24 of edx); the
+  // kernel must also hand out the tile state, once a process.
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512bf16() && (d >> 22 & 1) && (d >> 24 & 1) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+// Measured (2 vCPU, 4096x4096): see benchmarks/results for the runs behind these figures.
+//
+// matvec_rows       largest M at which streaming codes through registers beats decoding a panel
+// panel_bytes       a task's panel: half of L2, so that packed x passes through the other half
+const Target kTargets[] = {
+#if defined(__x86_64__)
+    // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, bfloat16), panel
+    {"amx", has_amx, amx::kernels, Arithmetic::tiles, 8, 4, 1 << 20},
+    {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 512 << 10},
+    {"avx512", has_avx512, avx512::kernels, Arithmetic::f32, 8, 8, 512 << 10},
+    {"avx2", has_avx2, avx2::kernels, Arithmetic::f32, 4, 4, 256 << 10},
+#endif
+#if defined(__aarch64__)
+    {"neon", always, neon::kernels, Arithmetic::f32, 8, 8, 256 << 10},
+#endif
+    {"generic", always, generic::kernels, Arithmetic::f32, 4, 4, 256 << 10},
+#if defined(LOWBIT_EMULATED_TARGET)
+    // Never chosen by itself: the tile kernels with tiles in plain C++, for tests.
+    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 8, 4, 1 << 20},
+#endif
+};
+const int kTargetCount = int(sizeof(kTargets) / sizeof(kTargets[0]));
+
+const Target* find_target(std::string_view name) {
+  for (const Target& t : kTargets)
+    if (name == t.name && t.supported()) return &t;
+  return nullptr;
+}
+
+const Target& target() {
+  static const Target& chosen = []() -> const Target& {
+    if (const char* name = std::getenv("MLX_LOWBIT_TARGET")) {
+      if (const Target* t = find_target(name)) return *t;
+      std::fprintf(stderr, "mlx_lowbit: MLX_LOWBIT_TARGET=%s is not available here; ignored\n",
+                   name);
+    }
+    for (const Target& t : kTargets)
+      if (t.supported()) return t;
+    throw std::runtime_error("no CPU target");  // generic is always supported
+  }();
+  return chosen;
+}
+
+Plan plan(const Problem& p, const Target& t) {
+  const bool exact_in_bf16 = p.dtype == Dtype::bf16 || p.quantize_x;
+  const bool bf16_weights = p.format != Format::dense || p.dense_dtype == Dtype::bf16;
+  Plan plan{};
+  plan.arithmetic = exact_in_bf16 && bf16_weights && p.transpose ? t.bf16 : Arithmetic::f32;
+  const bool bf16 = plan.arithmetic != Arithmetic::f32;
+  const int64_t rows = bf16 ? t.matvec_rows_bf16 : t.matvec_rows;
+  plan.kernel = p.transpose && p.M <= rows ? Plan::Kernel::matvec : Plan::Kernel::matmul;
+  if (plan.kernel == Plan::Kernel::matvec) {
+    plan.row_block = 32;
+    return plan;
+  }
+  // The longest block of K, at least one group of any format, that leaves a panel of 64 rows (or
+  // as many as fit) within panel_bytes.
+  const int64_t element = bf16 ? 2 : 4;
+  plan.row_block = 64;
+  plan.k_block = t.panel_bytes / (plan.row_block * element) / 128 * 128;
+  plan.m_block = 512;
+  return plan;
+}
+
+std::string describe(const Problem& p, const Plan& plan, const Target& t, int threads) {
+  constexpr const char* arithmetic[] = {"float32 lanes", "bfloat16 pairs, float32 sums",
+                                        "bfloat16 tiles, float32 sums"};
+  const bool matvec = plan.kernel == Plan::Kernel::matvec;
+  std::string text = "cpu/";
+  text += matvec ? "matvec" : "matmul";
+  text += std::string(" [") + t.name + "]: ";
+  text += arithmetic[int(plan.arithmetic)];
+  text += ", " + std::to_string(plan.row_block) + " rows a task";
+  if (!matvec)
+    text += ", panel of " + std::to_string(plan.k_block) + " along K, " +
+            std::to_string(plan.m_block) + " rows of x at a time";
+  text += ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+  text += p.quantize_x ? ", x quantized first" : "";
+  return text;
+}
+
+std::string explain(const Problem& p) {
+  return describe(p, plan(p, target()), target(), thread_count());
+}
+
+}  // namespace cpu
+}  // namespace lowbit

@@ -1,0 +1,185 @@
+// quantize, dequantize and the round trip of qqmm. Groups are encoded by the scalar text of
+// kernels/formats in loops without branches, which the compiler vectorizes for each target.
+#include "activations.h"
+#include "panel.h"
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
+
+LOWBIT_BEGIN
+
+namespace {
+
+// Eight codes, a byte each, to kBits bytes.
+template <int B>
+LOWBIT_FN void pack8(const uint8_t* codes, uint8_t* out) {
+  uint64_t word;
+#if defined(__BMI2__)
+  std::memcpy(&word, codes, 8);
+  word = _pext_u64(word, 0x0101010101010101u * ((1u << B) - 1));
+#else
+  word = 0;
+  for (int i = 0; i < 8; i++) word |= uint64_t(codes[i]) << (B * i);
+#endif
+  std::memcpy(out, &word, B);
+}
+
+template <class T>
+struct RoundTo {
+  LOWBIT_FN float operator()(float x) const { return to_float(from_float<T>(x)); }
+};
+
+template <int G>
+bool all_finite(const float* w) {
+  uint32_t bad = 0;
+  for (int i = 0; i < G; i++) bad |= uint32_t((to_bits(w[i]) & 0x7f800000u) == 0x7f800000u);
+  return bad == 0;
+}
+
+// One group of a block-scaled format: its scale byte, and codes unless `codes` is nullptr; `w`
+// becomes what the codes stand for times the scale when Replace.
+template <class F, class T, bool Replace>
+LOWBIT_FN uint32_t encode_group(float* w, uint8_t* codes, float enlarge) {
+  using Code = typename F::Code;
+  float amax = 0.0f;
+  for (int i = 0; i < F::kGroup; i++) amax = larger(amax, magnitude(w[i]));
+  const RoundTo<T> round;
+  const bool finite = all_finite<F::kGroup>(w);
+  const uint32_t scale = finite ? F::fit(round(amax / Code::kMax), enlarge) : F::kNanScale;
+  if (!finite) {
+    for (int i = 0; i < F::kGroup; i++) codes[i] = uint8_t(F::kNanCode);
+  } else {
+    for (int i = 0; i < F::kGroup; i++)
+      codes[i] = uint8_t(Code::encode(F::normalize(w[i], scale, enlarge, round)));
+  }
+  if constexpr (Replace) {
+    const float s = F::Scale::decode(scale);
+    for (int i = 0; i < F::kGroup; i++) w[i] = Code::decode(codes[i]) * s;
+  }
+  return scale;
+}
+
+float enlarge_by(float global_scale) {
+  return global_scale > 0.0f ? Nvfp4::kGlobalMax / global_scale : 1.0f;
+}
+
+template <class F>
+void pack_group(const uint8_t* codes, int64_t group, uint8_t* out) {
+  out += group * (F::kGroup * F::kBits / 8);
+  for (int i = 0; i < F::kGroup / 8; i++) pack8<F::kBits>(codes + 8 * i, out + i * F::kBits);
+}
+
+// x: the groups' values. Affine arithmetic is float32 whatever the dtype of w; scales and biases
+// come out as float32 and are rounded by the caller.
+template <class F>
+void quantize_affine(const float* x, int64_t groups, uint8_t* codes, float* scales,
+                     float* biases) {
+  constexpr int G = F::kGroup;
+  alignas(64) uint8_t q[G];
+  for (int64_t g = 0; g < groups; g++, x += G) {
+    float low = x[0], high = x[0];
+    for (int i = 0; i < G; i++) low = smaller(low, x[i]), high = larger(high, x[i]);
+    const typename F::Group group = F::fit(low, high);
+    for (int i = 0; i < G; i++) q[i] = uint8_t(F::encode(x[i], group));
+    scales[g] = all_finite<G>(x) ? group.scale : __builtin_nanf("");
+    biases[g] = group.bias;
+    pack_group<F>(q, g, codes);
+  }
+}
+
+template <class F, class T>
+void quantize_blocks(float* x, int64_t groups, float global_scale, uint8_t* codes,
+                     uint8_t* scales) {
+  alignas(64) uint8_t q[F::kGroup];
+  for (int64_t g = 0; g < groups; g++) {
+    scales[g] = uint8_t(encode_group<F, T, false>(x + g * F::kGroup, q, enlarge_by(global_scale)));
+    pack_group<F>(q, g, codes);
+  }
+}
+
+template <class F, class T>
+void round_trip_row(float* row, int64_t columns, float global_scale) {
+  alignas(64) uint8_t q[F::kGroup];
+  for (int64_t g = 0; g < columns / F::kGroup; g++)
+    encode_group<F, T, true>(row + g * F::kGroup, q, enlarge_by(global_scale));
+}
+
+constexpr int64_t kPiece = 2048;  // elements decoded or widened at a time, whole groups
+
+// Elements [k0, k1) of a stored row as float32, k1 - k0 at most kPiece.
+template <class F>
+void decode_piece(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1, float alpha,
+                  float* out) {
+  constexpr int64_t kGroups = kPiece / F::kGroup + 2 * kLanes;
+  static const NaturalDecoder<F> decoder;
+  float scale[kGroups], bias[kGroups];
+  const Groups groups{scale, F::kHasBias ? bias : nullptr};
+  const int64_t count = (k1 - k0) / F::kGroup;
+  groups.read(w, row, k0 / F::kGroup, count, 0.0f);
+  if (alpha != 1.0f)
+    for (int64_t g = 0; g < count; g++) scale[g] *= alpha;
+  decode_row<false>(decoder, w, row, k0, k1, groups, [&](int64_t k, f32 v) { store(out + k, v); });
+}
+
+template <class F>
+void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::f16: return f(f16{});
+    case Dtype::bf16: return f(bf16{});
+  }
+}
+
+}  // namespace
+
+void quantize(Format format, const void* w, Dtype dtype, int64_t groups, float global_scale,
+              uint8_t* codes, void* scales, void* biases) {
+  alignas(64) float x[kPiece], scale[kPiece / 16], bias[kPiece / 16];
+  visit(format, [&](auto tag) {
+    using F = typename decltype(tag)::type;
+    constexpr int64_t kStep = kPiece / F::kGroup;
+    for (int64_t g = 0; g < groups; g += kStep, codes += kPiece * F::kBits / 8) {
+      const int64_t count = groups - g < kStep ? groups - g : kStep;
+      with_dtype(dtype, [&]<class T>(T) {
+        widen<T>(w, g * F::kGroup, count * F::kGroup, x);
+        if constexpr (F::kHasBias) {
+          quantize_affine<F>(x, count, codes, scale, bias);
+          narrow(scale, count, static_cast<T*>(scales) + g);
+          narrow(bias, count, static_cast<T*>(biases) + g);
+        } else {
+          quantize_blocks<F, T>(x, count, global_scale, codes, static_cast<uint8_t*>(scales) + g);
+        }
+      });
+    }
+  });
+}
+
+void dequantize(Format format, const cpu::Matrix& w, int64_t begin, int64_t end, float alpha,
+                void* out, Dtype dtype) {
+  alignas(64) float x[kPiece];
+  visit(format, [&](auto tag) {
+    for (int64_t r = begin; r < end; r++)
+      for (int64_t k0 = 0; k0 < w.columns; k0 += kPiece) {
+        const int64_t k1 = k0 + kPiece < w.columns ? k0 + kPiece : w.columns;
+        decode_piece<typename decltype(tag)::type>(w, r, k0, k1, alpha, x);
+        with_dtype(dtype, [&]<class T>(T) {
+          narrow(x, k1 - k0, static_cast<T*>(out) + (r - begin) * w.columns + k0);
+        });
+      }
+  });
+}
+
+void round_trip(Format format, Dtype dtype, float* row, int64_t columns, float global_scale) {
+  visit(format, [&](auto tag) {
+    using F = typename decltype(tag)::type;
+    if constexpr (!F::kHasBias)
+      with_dtype(dtype, [&]<class T>(T) { round_trip_row<F, T>(row, columns, global_scale); });
+  });
+}
+
+const cpu::Kernels& kernels() {
+  static constexpr cpu::Kernels all{matvec, matmul, quantize, dequantize, round_trip};
+  return all;
+}
+
+LOWBIT_END

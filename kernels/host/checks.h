@@ -1,0 +1,43 @@
+// Argument checks shared by the operations. Messages name the op, the argument, what was expected
+// and what came.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+namespace lowbit {
+
+class Checks {
+ public:
+  Checks(const char* op, Format format) : op_(op), format_(format) {}
+
+  template <class... Parts>
+  [[noreturn]] void refuse(const Parts&... parts) const {
+    std::ostringstream message;
+    message << "[" << op_ << "] ";
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
+  }
+
+  const FormatInfo& info() const { return kFormats[int(format_)]; }
+
+  void activations(const char* argument, const mx::array& x) const;
+  // Packed weights with their scales and biases: dtypes, ranks and every dimension. Returns
+  // (rows, columns) of one matrix.
+  std::pair<int, int> weights(const mx::array& w, const mx::array& scales,
+                              const OptionalArray& biases) const;
+  void reduction(const mx::array& x, int expected) const;
+  void bias(const OptionalArray& bias, const mx::Shape& expected) const;
+  void global_scale(const char* argument, const OptionalArray& scale) const;
+  // `indices` in range, when MLX_LOWBIT_CHECK=1 (evaluates them).
+  void range(const char* argument, mx::array indices, int64_t end) const;
+
+ private:
+  const char* op_;
+  Format format_;
+};
+
+}  // namespace lowbit

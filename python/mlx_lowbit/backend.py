@@ -1,0 +1,69 @@
+"""Which implementation an operation uses: this package's kernels or MLX's own ops."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import mlx.core as mx
+
+__all__ = ["Backend", "get_backend", "reason_for_mlx", "set_backend"]
+
+Backend = Literal["auto", "lowbit", "mlx"]
+
+_backend: Backend = "auto"
+_noticed: set[str] = set()
+
+
+def set_backend(backend: Backend) -> None:
+    """Chooses the implementation of every operation of this package, in all threads.
+
+    Args:
+        backend: ``auto`` uses a kernel of ours where there is one and MLX's op elsewhere, with one
+            notice a case; ``lowbit`` refuses instead of falling back; ``mlx`` always uses MLX's op.
+
+    Raises:
+        ValueError: any other name.
+    """
+    global _backend
+    if backend not in ("auto", "lowbit", "mlx"):
+        raise ValueError(f"backend must be 'auto', 'lowbit' or 'mlx', got {backend!r}")
+    _backend = backend
+
+
+def get_backend() -> Backend:
+    """The name last given to :func:`set_backend`."""
+    return _backend
+
+
+def _on_gpu(stream) -> bool:
+    if stream is None:
+        return mx.default_device().type == mx.gpu
+    if isinstance(stream, mx.Stream):
+        return stream.device.type == mx.gpu
+    return (stream.type if isinstance(stream, mx.Device) else stream) == mx.gpu
+
+
+def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> str | None:
+    """Why `op` must run on MLX's own op, or None when a kernel of ours will run.
+
+    With backend ``auto`` the first fall-back of each kind is announced by a warning.
+
+    Raises:
+        RuntimeError: backend ``lowbit``, and no kernel of ours.
+    """
+    if _backend == "mlx":
+        return "set_backend('mlx') asks for it"
+    if missing_format is not None:
+        reason = missing_format
+    elif _on_gpu(stream):
+        reason = "this build has kernels for the CPU only"
+    else:
+        return None
+    if _backend == "lowbit":
+        raise RuntimeError(f"[{op}] no kernel of mlx_lowbit: {reason}")
+    notice = f"[{op}] uses MLX's own op: {reason}"
+    if notice not in _noticed:
+        _noticed.add(notice)
+        warnings.warn(notice, stacklevel=4)
+    return reason

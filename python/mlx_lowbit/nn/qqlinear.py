@@ -1,0 +1,176 @@
+"""Linear layers which quantize their input as well as their weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as mlx_nn
+
+from .. import ops
+from .layer import (
+    LowbitLayer,
+    check_activation_mode,
+    check_quantized,
+    check_source,
+    empty,
+    quantization,
+    share,
+    store_quantized,
+    stored_global_scale,
+)
+
+# e4m3's largest value times e2m1's: the global scale whose factor is one, so that x is quantized
+# group by group and a row's result does not depend on the other rows of its batch.
+_UNIT_GLOBAL_SCALE = 448.0 * 6.0
+
+
+def global_scales(layer: mlx_nn.Module) -> dict[str, mx.array | None]:
+    """The two ``global_scale`` keywords of the activation-quantized ops: both, or neither."""
+    of_w = stored_global_scale(layer)
+    of_x = None if of_w is None else mx.array(_UNIT_GLOBAL_SCALE, mx.float32)
+    return {"global_scale_x": of_x, "global_scale_w": of_w}
+
+
+class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
+    """``y = Q(x) @ decode(weight).T + bias`` in mxfp8 or nvfp4, Q(x) as ``mx.quantize`` defines it.
+
+    What differs from ``mlx.nn.QQLinear``:
+
+    - it takes a ``bias``;
+    - the weight is quantized from the start and stays so: ``train()`` and ``eval()`` change only
+      the flag, where MLX's layer replaces its weight by rounded floats on ``train()``;
+    - its storage is exactly that of :class:`QuantizedLinear` (names, dtypes, frozen parameters,
+      optional ``global_scale``), so it is an instance of ``mlx.nn.QuantizedLinear`` too, and what
+      reads that storage (LoRA, ``mlx_lm.fuse``, ``mlx_lm.utils.dequantize_model``) serves it.
+
+    Args:
+        input_dims, output_dims (int): the dimensions of x and y.
+        group_size, bits (int, optional): default to the mode's.
+        mode (str): ``"mxfp8"`` or ``"nvfp4"`` (the default, as in MLX).
+        bias (bool): with a ``bias`` of zeros. Default: ``False``.
+
+    Raises:
+        ValueError: any other mode, named together with the two that work.
+    """
+
+    # Neither mode has biases; tools written for QuantizedLinear read the attribute.
+    biases = None
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "nvfp4",
+        *,
+        bias: bool = False,
+    ) -> None:
+        check_activation_mode(type(self).__name__, mode)
+        mlx_nn.Module.__init__(self)
+        bound = math.sqrt(1 / input_dims)
+        weight = mx.random.uniform(low=-bound, high=bound, shape=(output_dims, input_dims))
+        self._store(weight, group_size, bits, mode, False, "propagate")
+        if bias:
+            self.bias = mx.zeros((output_dims,))
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., input_dims] -> [..., output_dims]: :func:`mlx_lowbit.qqmm`."""
+        return ops.qqmm(
+            x,
+            self["weight"],
+            self["scales"],
+            bias=self.get("bias"),
+            **global_scales(self),
+            **quantization(self),
+        )
+
+    def _extra_repr(self) -> str:
+        return mlx_nn.QuantizedLinear._extra_repr(self)
+
+    def _set_training_mode(self, mode: bool) -> None:
+        mlx_nn.Module._set_training_mode(self, mode)
+
+    def quantize(self) -> None:
+        """Nothing to do: the weight of this layer is always quantized."""
+
+    def dequantize(self) -> None:
+        """Refused, because rounded floats in place of the codes would lose the weight.
+
+        Raises:
+            RuntimeError: always; :func:`mlx_lowbit.dequantize` gives a float copy.
+        """
+        raise RuntimeError(
+            "QQLinear keeps its quantized weight; for a float copy call "
+            "mlx_lowbit.dequantize(layer.weight, layer.scales, mode=layer.mode)"
+        )
+
+    def _store(
+        self,
+        weight: mx.array,
+        group_size: int | None,
+        bits: int | None,
+        mode: str,
+        global_scale: bool,
+        nan_policy: str,
+    ) -> None:
+        store_quantized(
+            self,
+            weight,
+            group_size=group_size,
+            bits=bits,
+            mode=mode,
+            global_scale=global_scale,
+            nan_policy=nan_policy,
+        )
+        mark_quantized(self)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear_layer: mlx_nn.Module,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "nvfp4",
+        *,
+        global_scale: bool = False,
+        nan_policy: str = "raise",
+    ) -> QQLinear:
+        """Quantize the weight of an ``mlx.nn.Linear``, at once; its ``bias`` is shared, not copied.
+
+        Raises:
+            TypeError: ``linear_layer`` has no two-dimensional float weight.
+            ValueError: a mode other than mxfp8 and nvfp4, and as
+                :meth:`QuantizedLinear.from_linear`.
+        """
+        check_activation_mode(cls.__name__, mode)
+        weight = check_source("linear_layer", linear_layer, "an mlx.nn.Linear", 2)
+        layer = empty(cls)
+        layer._store(weight, group_size, bits, mode, global_scale, nan_policy)
+        layer.freeze()
+        if "bias" in linear_layer:
+            layer.bias = linear_layer.bias  # after freeze(): trainable, as in MLX
+        layer.train(linear_layer.training)
+        return layer
+
+    @classmethod
+    def from_quantized(cls, layer: mlx_nn.Module) -> QQLinear:
+        """The same arrays as a quantized linear layer in mxfp8 or nvfp4, without a copy.
+
+        Raises:
+            TypeError: ``layer`` holds no two-dimensional quantized weight.
+            ValueError: ``layer`` is in another mode, named together with the two that work.
+        """
+        check_quantized("layer", layer, "an mlx.nn.QuantizedLinear", 2)
+        check_activation_mode(type(layer).__name__, layer.mode)
+        new = share(cls, layer)
+        mark_quantized(new)
+        return new
+
+
+def mark_quantized(layer: Any) -> None:
+    """Set the flag by which ``mlx.nn.QQLinear`` knows that its weight is quantized."""
+    layer._quantized = True

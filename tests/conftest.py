@@ -1,0 +1,117 @@
+"""Options, hypothesis profiles, and the parameters every test takes from the format registry.
+
+    pytest tests --profile ci|dev|nightly   how many examples (or MLX_LOWBIT_TEST_PROFILE; default ci)
+    pytest tests --seed N                   repeats a run; the seed is printed in the header
+    pytest tests --target NAME              forces one instruction set (or MLX_LOWBIT_TARGET)
+
+A test that names `fmt` runs once for every format, one that names `affine_fmt`, `scaled_fmt` (a scale
+byte a group), `fp4_fmt`, `mx_fmt`, `nv_fmt`, `qq_fmt` (activations too) or `judged_fmt` for those, and
+one that names `dtype` for every dtype. Outputs are filled with NaN before a kernel runs (MLX_LOWBIT_POISON), so what a kernel
+forgets to write is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# The oracle's products are small: numpy's BLAS threads would only contend with the kernels under test.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies, harness
+
+QQ_MODES = ("mxfp8", "nvfp4")  # the modes that quantize activations
+
+for name, examples in (("ci", 6), ("dev", 25), ("nightly", 400)):
+    hypothesis.settings.register_profile(
+        name, max_examples=examples, deadline=None, database=None, print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow,
+                               hypothesis.HealthCheck.function_scoped_fixture,
+                               hypothesis.HealthCheck.differing_executors],
+    )  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mlx-lowbit")
+    group.addoption("--profile", choices=["ci", "dev", "nightly"],
+                    default=os.environ.get("MLX_LOWBIT_TEST_PROFILE", "ci"))  # fmt: skip
+    group.addoption("--seed", type=int, default=None, help="seed of hypothesis and of `rng`")
+    group.addoption("--target", default=os.environ.get("MLX_LOWBIT_TARGET"),
+                    help="instruction set to force, one of mlx_lowbit._ext.targets()")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # The extension reads both when it is imported, which happens after this.
+    os.environ["MLX_LOWBIT_POISON"] = "1"
+    if target := config.getoption("--target"):
+        os.environ["MLX_LOWBIT_TARGET"] = target
+    hypothesis.settings.load_profile(config.getoption("--profile"))
+    seed = config.getoption("--seed")
+    config.stash[SEED] = random.SystemRandom().randrange(2**32) if seed is None else seed
+    if config.getoption("--hypothesis-seed", default=None) is None:
+        hypothesis.core.global_force_seed = config.stash[SEED]
+
+
+SEED = pytest.StashKey[int]()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    from mlx_lowbit import _ext
+
+    return (f"mlx-lowbit: profile {config.getoption('--profile')}, --seed {config.stash[SEED]}, "
+            f"target {_ext.target()} of {', '.join(_ext.targets())}")  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    import mlx.core as mx
+
+    from mlx_lowbit.formats import FORMATS
+
+    choices = {
+        "fmt": FORMATS,
+        "affine_fmt": [f for f in FORMATS if f.has_biases],
+        "scaled_fmt": [f for f in FORMATS if not f.has_biases],
+        "fp4_fmt": [f for f in FORMATS if not f.has_biases and f.bits == 4],
+        "mx_fmt": [f for f in FORMATS if f.mode in ("mxfp4", "mxfp8")],
+        "nv_fmt": [f for f in FORMATS if f.mode == "nvfp4"],
+        "qq_fmt": [f for f in FORMATS if f.mode in QQ_MODES],
+        "judged_fmt": [f for f in FORMATS if f.judged],
+    }
+    for argument, formats in choices.items():
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, formats, ids=[f.name for f in formats])
+    if "dtype" in metafunc.fixturenames:
+        dtypes = [mx.float32, mx.float16, mx.bfloat16]
+        metafunc.parametrize("dtype", dtypes, ids=["float32", "float16", "bfloat16"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu() -> None:
+    """The suite of this folder judges the CPU kernels, whatever other device MLX prefers."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest):
+    """numpy generator of the run's seed, different for every test."""
+    import numpy as np
+
+    return np.random.default_rng([request.config.stash[SEED], *request.node.nodeid.encode()])
+
+
+@pytest.fixture(params=["auto", "lowbit"])
+def backend(request: pytest.FixtureRequest):
+    """Both ways to reach our kernels; what was chosen before is restored."""
+    import mlx_lowbit
+
+    before = mlx_lowbit.get_backend()
+    mlx_lowbit.set_backend(request.param)
+    yield request.param
+    mlx_lowbit.set_backend(before)
