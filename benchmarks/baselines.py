@@ -29,6 +29,10 @@ PRODUCTS = ("matvec", "matmul", "qqmm")  # x [M, K] times the transpose of packe
 # another computation. MLX in 16-bit types is compared whatever its error is: it is what is being
 # replaced.
 PEER_ERROR = 0.05
+# CPU time that a library's workers used while the process slept after a call: torch (OpenMP) 4 to
+# 7 ms, onnxruntime 35 to 42 ms; MLX and OpenVINO none.
+TORCH_SETTLE = 0.01
+ORT_SETTLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Peer:
     max_error: float = PEER_ERROR
     dense: bool = False  # reads dequantized weights
     rotates: bool = True  # otherwise cold rows would measure switching between compiled models
+    settle: float = 0.0  # seconds that its worker threads go on spinning after a call
 
 
 def load_peers(threads: int) -> tuple[dict[str, Peer], dict[str, str], list[str]]:
@@ -66,8 +71,9 @@ def load_peers(threads: int) -> tuple[dict[str, Peer], dict[str, str], list[str]
         try:
             peers += make(threads)
             versions[library] = importlib.metadata.version(library)
-        except ImportError:
-            missing.append(library)
+        except ImportError as error:
+            needs = f" (needs {error.name})" if error.name != library else ""
+            missing.append(library + needs)
     return {peer.name: peer for peer in peers}, versions, missing
 
 
@@ -86,13 +92,13 @@ def _mlx_interface(api: Any, case: Case, weights: Weights, inputs: Inputs) -> Ru
     if case.op == "quantize":
         return _evaluated(lambda: [a for a in api.quantize(weights.source, **kw) if a is not None])
     if case.op == "dequantize":
-        return _evaluated(lambda: api.dequantize(*weights.arrays, dtype=weights.dtype, **kw))
+        return _evaluated(lambda: api.dequantize(*weights.packed, dtype=weights.dtype, **kw))
     if case.op == "qqmm":
-        return _evaluated(lambda: api.qqmm(x, *weights.arrays, **kw))
+        return _evaluated(lambda: api.qqmm(x, *weights.packed, **kw))
     if case.op == "gather":
         kw |= {"rhs_indices": inputs.experts, "sorted_indices": inputs.sorted}
-        return _evaluated(lambda: api.gather_qmm(x, *weights.arrays, **kw))
-    return _evaluated(lambda: api.quantized_matmul(x, *weights.arrays, **kw))
+        return _evaluated(lambda: api.gather_qmm(x, *weights.packed, **kw))
+    return _evaluated(lambda: api.quantized_matmul(x, *weights.packed, **kw))
 
 
 def _lowbit(case: Case, weights: Weights, inputs: Inputs) -> Run | None:
@@ -114,11 +120,11 @@ def _mlx_float32(case: Case, weights: Weights, inputs: Inputs) -> Run | None:
         return None
 
     def widen() -> Weights:
-        w, scales, biases = weights.packed
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        wide = replace(weights, packed=(w, scales, biases), dtype=mx.float32, _made={})
-        mx.eval(wide.arrays)
+        w, *rest = weights.packed
+        if weights.format.has_biases:
+            rest = [a.astype(mx.float32) for a in rest]
+        wide = replace(weights, packed=(w, *rest), dtype=mx.float32, _made={})
+        mx.eval(wide.packed)
         return wide
 
     return _mlx(case, weights.once("mlx/f32", widen), inputs.astype(mx.float32))
@@ -131,8 +137,10 @@ def _mlx_dense(case: Case, weights: Weights, inputs: Inputs) -> Run | None:
         return None  # gather_mm has only float32 there
     w = weights.dense.swapaxes(-1, -2)
     if case.op == "gather":
-        kw = {"rhs_indices": inputs.experts, "sorted_indices": inputs.sorted}
-        return _evaluated(lambda: mx.gather_mm(inputs.x, w, **kw))
+        chosen, ordered = inputs.experts, inputs.sorted
+        return _evaluated(
+            lambda: mx.gather_mm(inputs.x, w, rhs_indices=chosen, sorted_indices=ordered)
+        )
     return _evaluated(lambda: inputs.x @ w)
 
 
@@ -142,9 +150,10 @@ def _numpy32(a: mx.array) -> np.ndarray:
 
 def _affine_bytes(case: Case, weights: Weights) -> int | None:
     """Codes a byte, 1 or 2, where other libraries store the packed words alike; otherwise None."""
+    if case.op not in ("matvec", "matmul"):
+        return None
     f = weights.format
-    known = f is not None and f.mode == "affine" and f.bits in (4, 8)
-    return 8 // f.bits if known and case.op in ("matvec", "matmul") else None
+    return 8 // f.bits if f.mode == "affine" and f.bits in (4, 8) else None
 
 
 def _affine_parts(weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -209,10 +218,11 @@ def _torch(threads: int) -> list[Peer]:
         group = weights.format.group_size
         return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, group, pairs)
 
+    dense_note = "nn.functional.linear with dequantized weights"
     note = "_weight_int4pack_mm_for_cpu; 8 bits: _weight_int8pack_mm (scales a channel)"
     return [
-        Peer("torch", "nn.functional.linear with dequantized weights", dense, dense=True),
-        Peer("torch/pack", note, packed),
+        Peer("torch", dense_note, dense, dense=True, settle=TORCH_SETTLE),
+        Peer("torch/pack", note, packed, settle=TORCH_SETTLE),
     ]
 
 
@@ -260,8 +270,8 @@ def _onnxruntime(threads: int) -> list[Peer]:
     note = "MatMulNBits, float32 activations"
     int8_note = f"{note} quantized to int8 inside (accuracy_level 4)"
     return [
-        Peer("ort", note, partial(bind, 0), rotates=False),
-        Peer("ort" + INT8, int8_note, partial(bind, 4), rotates=False),
+        Peer("ort", note, partial(bind, 0), rotates=False, settle=ORT_SETTLE),
+        Peer("ort" + INT8, int8_note, partial(bind, 4), rotates=False, settle=ORT_SETTLE),
     ]
 
 
@@ -313,8 +323,9 @@ def _openvino(threads: int) -> list[Peer]:
     def bind(
         precision: str, group: int, case: Case, weights: Weights, inputs: Inputs
     ) -> Run | None:
-        f = weights.format
-        if case.op not in ("matvec", "matmul") or (f.mode, f.bits) not in types:
+        if case.op not in ("matvec", "matmul"):
+            return None
+        if (weights.format.mode, weights.format.bits) not in types:
             return None
         key = f"openvino/{precision}/{group}"
         model, _ = weights.once(key, lambda: compiled(weights, precision, group))

@@ -29,7 +29,7 @@ def target_name() -> str:
 
 def thread_count() -> int:
     """The threads that our kernels use; every other library is set to as many."""
-    return int(_ext.num_threads())
+    return int(_ext.threads())
 
 
 def last_level_cache() -> int:

@@ -185,7 +185,8 @@ class Measurer:
         if error > bound:
             row.skipped[peer.name] = f"wrong: error {error:.2g} above {bound:.2g}"
             return None
-        return Candidate(self._rotation(run, peer, case, weights, inputs), seconds)
+        runs = self._rotation(run, peer, case, weights, inputs)
+        return Candidate(runs, seconds, peer.settle)
 
     def _predict(self, peer: Peer, case: Case, weights: Weights) -> float:
         """Upper bound for one call, in seconds: M times the cost a token at a smaller M."""
@@ -212,7 +213,8 @@ class Measurer:
         dense = peer.dense or case.op == "quantize"
         size = weights.source.nbytes if dense else weights.nbytes
         copies = weights.copies(max(1, cold_bytes() // size), sources=case.op == "quantize")
-        return [run, *(peer.bind(case, copy, inputs) for copy in copies)]
+        others = (peer.bind(case, copy, inputs) for copy in copies)
+        return [run, *(other for other in others if other is not None)]
 
 
 def cold_bytes() -> int:
@@ -230,4 +232,4 @@ def _plan(case: Case, weights: Weights, inputs: Inputs) -> str:
     """What ``explain`` says of the case, for the op that it knows."""
     if case.op not in ("matvec", "matmul"):
         return ""
-    return ops.explain(inputs.x, *weights.arrays, **weights.keywords)
+    return ops.explain(inputs.x, *weights.packed, **weights.keywords)

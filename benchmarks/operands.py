@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -31,16 +32,46 @@ SORTED_FROM = 64
 class Weights:
     """The weights of one layer and what libraries made of them.
 
-    ``packed`` is (w_q uint32 [N, K * bits / 32], scales [N, K / group_size], biases or None), with
-    a leading axis of experts where the shape has some, and None for a dense layer.
+    ``packed`` is (w_q uint32 [N, K * bits / 32], scales [N, K / group_size]) and for affine formats
+    the biases, with a leading axis of experts where the shape has some; empty for a dense layer.
     """
 
     shape: Shape
     dtype: mx.Dtype
-    format: Format | None
+    stored: Format | None
     source: mx.array  # [N, K] or [experts, N, K], before quantization
-    packed: tuple[mx.array, mx.array, mx.array | None] | None
+    packed: tuple[mx.array, ...] = ()
     _made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        """The format of ``packed``; a dense layer has none and must not be asked."""
+        assert self.stored is not None
+        return self.stored
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Mode, bits and group size as MLX's functions take them."""
+        f = self.format
+        return {"mode": f.mode, "bits": f.bits, "group_size": f.group_size}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and biases, or of the dense matrix."""
+        return sum(a.nbytes for a in self.packed or (self.source,))
+
+    @property
+    def dense(self) -> mx.array:
+        """The values that the packed weights stand for, in ``dtype``."""
+        return self.once("dense", self._dequantize) if self.packed else self.source
+
+    def _dequantize(self) -> mx.array:
+        # MLX's own function, so that a fault of ours cannot hide in both sides of a comparison.
+        w, scales, *rest = self.packed
+        biases = rest[0] if rest else None
+        dense = mx.dequantize(w, scales, biases, **self.keywords).astype(self.dtype)
+        mx.eval(dense)
+        return dense
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """A library's own form of these weights: ``make()`` when first asked for ``key``."""
@@ -48,51 +79,17 @@ class Weights:
             self._made[key] = make()
         return self._made[key]
 
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """Mode, bits and group size as MLX's functions take them."""
-        assert self.format is not None
-        f = self.format
-        return {"mode": f.mode, "bits": f.bits, "group_size": f.group_size}
-
-    @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        """The packed arrays without an absent biases."""
-        assert self.packed is not None
-        return tuple(a for a in self.packed if a is not None)
-
-    @property
-    def dense(self) -> mx.array:
-        """The values that the packed weights stand for, in ``dtype``."""
-        if self.packed is None:
-            return self.source
-        return self.once("dense", self._dequantize)
-
-    def _dequantize(self) -> mx.array:
-        # MLX's own function, so that a fault of ours cannot hide in both sides of a comparison.
-        dense = mx.dequantize(*self.arrays, **self.keywords).astype(self.dtype)
-        mx.eval(dense)
-        return dense
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and biases, or of the dense matrix."""
-        return self.source.nbytes if self.packed is None else sum(a.nbytes for a in self.arrays)
-
     def copies(self, count: int, *, sources: bool) -> list[Weights]:
         """``count`` times the same weights at other addresses; ``sources``: the unquantized too.
 
         Copies are kept, with what libraries make of them, for the next case.
         """
-        kept = self.once(f"copies/{sources}", list)
+        kept: list[Weights] = self.once(f"copies/{sources}", list)
         while len(kept) < count:
-            kept.append(self._copy(sources or self.packed is None))
+            source = _copy(self.source) if sources or not self.packed else self.source
+            packed = tuple(_copy(a) for a in self.packed)
+            kept.append(Weights(self.shape, self.dtype, self.stored, source, packed))
         return kept[:count]
-
-    def _copy(self, with_source: bool) -> Weights:
-        packed = self.packed and tuple(None if a is None else _copy(a) for a in self.packed)
-        source = _copy(self.source) if with_source else self.source
-        return Weights(self.shape, self.dtype, self.format, source, packed)
 
 
 @dataclass(frozen=True)
@@ -116,15 +113,22 @@ class Inputs:
 
 def make_weights(shape: Shape, dtype: str, fmt: Format | None, seed: int) -> Weights:
     """Normal weights of standard deviation 0.02, quantized to ``fmt``; dense with None."""
+    source = _source(shape, dtype, seed)
+    weights = Weights(shape, source.dtype, fmt, source)
+    if fmt is not None:
+        made = ops.quantize(source, **weights.keywords)
+        weights.packed = tuple(a for a in made if a is not None)
+        mx.eval(weights.packed)
+    return weights
+
+
+@lru_cache(maxsize=1)
+def _source(shape: Shape, dtype: str, seed: int) -> mx.array:
     mx.random.seed(seed)
     size = (shape.experts,) * bool(shape.experts) + (shape.n, shape.k)
     source = (0.02 * mx.random.normal(size)).astype(getattr(mx, dtype))
     mx.eval(source)
-    weights = Weights(shape, source.dtype, fmt, source, None)
-    if fmt is not None:
-        weights.packed = tuple(ops.quantize(source, **weights.keywords))
-        mx.eval(weights.arrays)
-    return weights
+    return source
 
 
 def make_inputs(case: Case, seed: int) -> Inputs:
@@ -212,9 +216,9 @@ class Reference:
 
     def _decode(self, weights: Weights, expert: int | None = None) -> np.ndarray:
         """The checked rows of w, float64 [rows, K]."""
-        if weights.packed is None:
+        if not weights.packed:
             return oracle.f64(self._rows(weights.source))
-        packed = oracle.Weight(*(self._rows(a, expert) for a in weights.arrays))
+        packed = oracle.Weight(*(self._rows(a, expert) for a in weights.packed))
         return oracle.decode(weights.format, packed)
 
     def _multiply(self, weights: Weights, inputs: Inputs) -> np.ndarray:

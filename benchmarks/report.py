@@ -30,9 +30,9 @@ def table_row(row: Row, peers: Sequence[str]) -> str:
     case, shape, ours = row.case, row.case.shape, row.ours
     head = f"{case.op:<10} {case.format:<12} {case.dtype:<8} {case.m or '-':>4}"
     head += f" {shape.k:>5} {shape.n:>5}"
-    if ours is None:
-        return f"{head} {row.skipped.get(OURS, 'not available')}"
     rate, flops = row.bytes_per_second, row.flops_per_second
+    if ours is None or rate is None:
+        return f"{head} {row.skipped.get(OURS, 'not available')}"
     cells = [
         f"{three_digits(ours.median * 1e3):>9}{'*' if row.dirty else ' '}",
         f"{ours.spread:>6.0%}",

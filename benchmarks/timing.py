@@ -22,9 +22,6 @@ Run = Callable[[], Any]  # does the whole work once and returns its result, done
 
 # The share of all cores that other processes may take before a case counts as dirty.
 FOREIGN_LIMIT = 0.08
-# Worker threads of the library timed before go on spinning for some milliseconds and would take a
-# core from the next one.
-SETTLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Candidate:
 
     runs: Sequence[Run]
     expected: float  # seconds of a call made before, to see whether warming up is worth it
+    settle: float = 0.0  # seconds its workers go on spinning, and would take a core from the next
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,13 @@ def time_interleaved(
         for name, candidate in candidates.items():
             if round_ and sum(calls[name]) > 2 * share:
                 continue
-            time.sleep(SETTLE_SECONDS)
             if candidate.expected < share / rounds:
                 for run in candidate.runs[:2]:
                     run()
             times = time_calls(candidate.runs, len(calls[name]), share / rounds)
             calls[name] += times
             medians[name].append(statistics.median(times))
+            time.sleep(candidate.settle)
     return {name: _timing(medians[name], calls[name]) for name in candidates}
 
 

@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mlx_lowbit import demo_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from mlx_lowbit import demo_model
 
 END_TOKEN = "<|endoffile|>"
 CONFIG_KEYS = (

@@ -24,8 +24,6 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies, harness
 
-QQ_MODES = ("mxfp8", "nvfp4")  # the modes that quantize activations
-
 for name, examples in (("ci", 6), ("dev", 25), ("nightly", 400)):
     hypothesis.settings.register_profile(
         name, max_examples=examples, deadline=None, database=None, print_blob=True,
@@ -63,6 +61,9 @@ SEED = pytest.StashKey[int]()
 def pytest_report_header(config: pytest.Config) -> str:
     from mlx_lowbit import _ext
 
+    asked = config.getoption("--target")
+    if asked and _ext.target() != asked:
+        raise pytest.UsageError(f"--target {asked}: not one of {', '.join(_ext.targets())}")
     return (f"mlx-lowbit: profile {config.getoption('--profile')}, --seed {config.stash[SEED]}, "
             f"target {_ext.target()} of {', '.join(_ext.targets())}")  # fmt: skip
 
@@ -71,6 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     import mlx.core as mx
 
     from mlx_lowbit.formats import FORMATS
+    from strategies import QQ_MODES
 
     choices = {
         "fmt": FORMATS,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import oracle
 from oracle import Weight
 
+QQ_MODES = ("mxfp8", "nvfp4")  # the modes that quantize activations
 LAYOUTS = ("contiguous", "transposed", "sliced_rows", "sliced_columns", "offset", "reversed")
 
 # --- shapes ---------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ inline void widen(const void* p, int64_t first, int64_t count, float* out) {
 template <class Scale>
 inline void widen_bytes(const void* p, int64_t first, int64_t count, float* out) {
   const uint8_t* in = static_cast<const uint8_t*>(p) + first;
-  for (int64_t i = 0; i < count; i++) out[i] = Scale::decode(in[i]);
+  static const ToFloat<Scale> to_float;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += kLanes) store(out + i, to_float(load_bytes(in + i)));
+  for (; i < count; i++) out[i] = Scale::decode(in[i]);
 }
 
 inline void load_scales(ScaleType type, const void* p, int64_t first, int64_t count, float* out) {
@@ -33,7 +36,7 @@ inline void load_scales(ScaleType type, const void* p, int64_t first, int64_t co
 }
 
 // Groups [first, first + count) of a row: scales, and biases for codes decoded less `offset`.
-// Both are padded with zeros to a multiple of kLanes and kLanes more, for whole-vector reads.
+// kLanes zeros follow, for whole-vector reads.
 struct Groups {
   float* scale;
   float* bias;  // nullptr without biases
@@ -41,13 +44,15 @@ struct Groups {
   static int64_t padded(int64_t count) { return (count + 2 * kLanes - 1) / kLanes * kLanes; }
 
   void read(const Matrix& w, int64_t row, int64_t first, int64_t count, float offset) const {
-    const int64_t at = row * (w.columns / w.group_size) + first, full = padded(count);
+    const int64_t at = row * (w.columns / w.group_size) + first;
     load_scales(w.scale_type, w.scales, at, count, scale);
-    for (int64_t i = count; i < full; i++) scale[i] = 0.0f;
+    store(scale + count, zero());
     if (!bias) return;
     load_scales(w.scale_type, w.biases, at, count, bias);
-    for (int64_t i = 0; i < count; i++) bias[i] += offset * scale[i];
-    for (int64_t i = count; i < full; i++) bias[i] = 0.0f;
+    store(bias + count, zero());
+    if (offset == 0.0f) return;
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(bias + i, fma(splat(offset), load(scale + i), load(bias + i)));
   }
 };
 

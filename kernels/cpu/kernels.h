@@ -89,8 +89,10 @@ struct Target {
   const Kernels& (*kernels)();
   Arithmetic bf16;          // arithmetic for bfloat16 and quantized x
   int64_t matvec_rows;      // largest M for matvec in float32 arithmetic
-  int64_t matvec_rows_bf16; // and in bfloat16 arithmetic
-  int64_t panel_bytes;      // of decoded weights a task keeps at hand
+  int64_t matvec_rows_bf16; // and in bfloat16 pairs
+  int64_t matvec_rows_tiles; // and with tiles, for the formats whose codes tiles take
+  int64_t panel_bytes;      // of decoded weights a matmul task keeps at hand
+  int row_block;            // rows of that panel
 };
 
 extern const Target kTargets[];

@@ -67,6 +67,14 @@ struct ToFloat<E4m3> {
   }
 };
 
+template <>
+struct ToFloat<E8m0> {
+  // Byte 0 is 2^-127, below the normal range.
+  LOWBIT_FN f32 operator()(u32 byte) const {
+    return select_eq(byte, splat_u(0), as_f32(splat_u(0x00400000)), as_f32(shl<23>(byte)));
+  }
+};
+
 // ---- lane order, float32 ----------------------------------------------------------------------
 
 template <class C>
@@ -176,24 +184,23 @@ struct BytePairDecoder {
   BytePairDecoder() {
     uint8_t low[128], high[128];
     for (uint32_t i = 0; i < 128; i++) {
-      const float value = kSymmetric ? float(i) + 0.5f : Code::decode(i);
+      const float value = kSymmetric ? kOffset - float(i) : Code::decode(i);
       const uint16_t bits = from_float<bf16>(value).bits;
       low[i] = uint8_t(bits), high[i] = uint8_t(bits >> 8);
     }
     table = table128(low, high);
   }
   using Raw = PairOfPairs;
-  LOWBIT_FN Raw read(const uint8_t* p) const {
-    const __m512i codes = _mm512_loadu_si512(p);
+  LOWBIT_FN Raw decode(__m512i codes) const {
     if constexpr (kSymmetric) {
-      // Below the middle: magnitude ~q, sign minus. At and above: magnitude q - 128.
-      const __m512i flipped = _mm512_xor_si512(codes, _mm512_set1_epi8(-1));
-      const __m512i index = _mm512_mask_mov_epi8(codes, _mm512_movepi8_mask(flipped), flipped);
-      return lookup128(table, index, flipped);
+      // q and 255-q have the same magnitude, 127.5 - min(q, 255-q); below the middle it is minus.
+      const __m512i mirrored = _mm512_xor_si512(codes, _mm512_set1_epi8(-1));
+      return lookup128(table, _mm512_min_epu8(codes, mirrored), mirrored);
     } else {
       return lookup128(table, codes, codes);
     }
   }
+  LOWBIT_FN Raw read(const uint8_t* p) const { return decode(_mm512_loadu_si512(p)); }
   template <int v> LOWBIT_FN pairs vector(const Raw& raw) const {
     return v == 0 ? raw.first : raw.second;
   }

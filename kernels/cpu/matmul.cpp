@@ -9,6 +9,7 @@
 // transpose=False swaps the roles: rows of x are the panel's rows, and decoded rows of W are what
 // lies side by side.
 #include "activations.h"
+#include "arena.h"
 #include "mma.h"
 
 LOWBIT_BEGIN
@@ -20,20 +21,7 @@ using cpu::Product;
 
 namespace {
 
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Hands out 64-byte aligned pieces of one allocation; a first pass without memory counts bytes.
-struct Arena {
-  char* base = nullptr;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += size_t(up(count * int64_t(sizeof(T)), 64));
-    return piece;
-  }
-};
 
 template <class Mma>
 struct Matmul {

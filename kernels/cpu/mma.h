@@ -5,7 +5,9 @@
 //   bfloat16   X[k/2][token][k%2]         the same with pairs: one instruction for two k
 //   tiles      X[k/2][token][k%2]         16 rows x 32 k times 32 k x 16 tokens at once
 //
-// C is float32 [kRows][kTokens], contiguous; `first` starts from zero instead of what is there.
+// C is float32 [kRows][kTokens], contiguous; `first` overwrites what is there. Sums start from zero
+// in every call and are added to C at its end: chains no longer than a block of K keep float32
+// errors small.
 // `vectors` says how many of the two vectors of tokens are in use.
 #pragma once
 
@@ -32,7 +34,7 @@ struct FloatMma {
     f32 sum[kRows][V];
     for (int r = 0; r < kRows; r++)
       for (int v = 0; v < V; v++)
-        sum[r][v] = first ? zero() : load(c + r * kTokens + v * kLanes);
+        sum[r][v] = zero();
     for (int64_t k = 0; k < K; k++) {
       f32 xv[V];
       for (int v = 0; v < V; v++) xv[v] = load(x + k * kTokens + v * kLanes);
@@ -42,7 +44,10 @@ struct FloatMma {
       }
     }
     for (int r = 0; r < kRows; r++)
-      for (int v = 0; v < V; v++) store(c + r * kTokens + v * kLanes, sum[r][v]);
+      for (int v = 0; v < V; v++) {
+        float* to = c + r * kTokens + v * kLanes;
+        store(to, first ? sum[r][v] : add(load(to), sum[r][v]));
+      }
   }
 };
 
@@ -59,7 +64,7 @@ struct PairMma {
     f32 sum[kRows][V];
     for (int r = 0; r < kRows; r++)
       for (int v = 0; v < V; v++)
-        sum[r][v] = first ? zero() : load(c + r * kTokens + v * kLanes);
+        sum[r][v] = zero();
     for (int64_t k = 0; k < K; k += 2) {
       pairs xv[V];
       for (int v = 0; v < V; v++) xv[v] = load_pairs(x + (k * kLanes + v * kLanes) * 2);
@@ -69,7 +74,10 @@ struct PairMma {
       }
     }
     for (int r = 0; r < kRows; r++)
-      for (int v = 0; v < V; v++) store(c + r * kTokens + v * kLanes, sum[r][v]);
+      for (int v = 0; v < V; v++) {
+        float* to = c + r * kTokens + v * kLanes;
+        store(to, first ? sum[r][v] : add(load(to), sum[r][v]));
+      }
   }
 };
 

@@ -63,6 +63,14 @@ inline void decode_row(const NaturalDecoder<F>& decoder, const cpu::Matrix& w, i
   }
 }
 
+// Denormals may become zero: bfloat16 products read them as zero anyhow.
+template <class T> LOWBIT_FN void store_normal(T* p, f32 x) { store(p, x); }
+#if defined(__AVX512BF16__)
+template <> LOWBIT_FN void store_normal(bf16* p, f32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+
 // The rows of a dense matrix in the same way.
 template <class T, class Emit>
 inline void convert_row(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1, Emit&& emit) {
@@ -88,13 +96,13 @@ inline void decode_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1,
   const int64_t count = (k1 - k0) / F::kGroup;
   const Groups groups{room, F::kHasBias ? room + Groups::padded(count) : nullptr};
   groups.read(w, row, k0 / F::kGroup, count, kCentre<typename F::Code>);
-  decode_row<true>(decoder, w, row, k0, k1, groups, [&](int64_t k, f32 v) { store(out + k, v); });
+  decode_row<true>(decoder, w, row, k0, k1, groups, [&](int64_t k, f32 v) { store_normal(out + k, v); });
 }
 
 template <class T, class Out>
 inline void convert_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1, float*,
                        Out* out) {
-  convert_row<T>(w, row, k0, k1, [&](int64_t k, f32 v) { store(out + k, v); });
+  convert_row<T>(w, row, k0, k1, [&](int64_t k, f32 v) { store_normal(out + k, v); });
 }
 
 template <class Out>

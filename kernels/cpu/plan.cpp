@@ -64,19 +64,19 @@ namespace {
 // panel_bytes       a task's panel: half of L2, so that packed x passes through the other half
 const Target kTargets[] = {
 #if defined(__x86_64__)
-    // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, bfloat16), panel
-    {"amx", has_amx, amx::kernels, Arithmetic::tiles, 8, 4, 1 << 20},
-    {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 512 << 10},
-    {"avx512", has_avx512, avx512::kernels, Arithmetic::f32, 8, 8, 512 << 10},
-    {"avx2", has_avx2, avx2::kernels, Arithmetic::f32, 4, 4, 256 << 10},
+    // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, pairs, tiles), panel
+    {"amx", has_amx, amx::kernels, Arithmetic::tiles, 8, 1, 64, 512 << 10, 128},
+    {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 0, 512 << 10, 64},
+    {"avx512", has_avx512, avx512::kernels, Arithmetic::f32, 8, 8, 0, 512 << 10, 64},
+    {"avx2", has_avx2, avx2::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
 #endif
 #if defined(__aarch64__)
-    {"neon", always, neon::kernels, Arithmetic::f32, 8, 8, 256 << 10},
+    {"neon", always, neon::kernels, Arithmetic::f32, 8, 8, 0, 256 << 10, 64},
 #endif
-    {"generic", always, generic::kernels, Arithmetic::f32, 4, 4, 256 << 10},
+    {"generic", always, generic::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
 #if defined(LOWBIT_EMULATED_TARGET)
     // Never chosen by itself: the tile kernels with tiles in plain C++, for tests.
-    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 8, 4, 1 << 20},
+    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 8, 1, 64, 512 << 10, 128},
 #endif
 };
 const int kTargetCount = int(sizeof(kTargets) / sizeof(kTargets[0]));
@@ -101,23 +101,42 @@ const Target& target() {
   return chosen;
 }
 
+namespace {
+
+// Tiles multiply codes that are exact in bfloat16 and can be looked up: all but 6 bits.
+bool tiles_take(const Problem& p, const Target& t) {
+  return t.bf16 == Arithmetic::tiles && p.transpose && p.format != Format::dense &&
+         kFormats[int(p.format)].bits != 6 && p.M <= t.matvec_rows_tiles;
+}
+
+// Without tiles: as far as registers pay. With: tiles take over after the first row.
+int64_t matvec_rows_f32(const Problem& p, const Target& t) {
+  return tiles_take(p, t) ? t.matvec_rows_bf16 : t.matvec_rows;
+}
+
+}  // namespace
+
 Plan plan(const Problem& p, const Target& t) {
   const bool exact_in_bf16 = p.dtype == Dtype::bf16 || p.quantize_x;
   const bool bf16_weights = p.format != Format::dense || p.dense_dtype == Dtype::bf16;
   Plan plan{};
   plan.arithmetic = exact_in_bf16 && bf16_weights && p.transpose ? t.bf16 : Arithmetic::f32;
   const bool bf16 = plan.arithmetic != Arithmetic::f32;
-  const int64_t rows = bf16 ? t.matvec_rows_bf16 : t.matvec_rows;
-  plan.kernel = p.transpose && p.M <= rows ? Plan::Kernel::matvec : Plan::Kernel::matmul;
-  if (plan.kernel == Plan::Kernel::matvec) {
-    plan.row_block = 32;
-    return plan;
+  plan.kernel = Plan::Kernel::matvec;
+  if (p.M <= (bf16 ? t.matvec_rows_bf16 : matvec_rows_f32(p, t)) && p.transpose) {
+    if (bf16) plan.arithmetic = Arithmetic::bf16_pairs;
+  } else if (tiles_take(p, t)) {
+    plan.arithmetic = Arithmetic::tiles;
+  } else {
+    plan.kernel = Plan::Kernel::matmul;
   }
-  // The longest block of K, at least one group of any format, that leaves a panel of 64 rows (or
-  // as many as fit) within panel_bytes.
-  const int64_t element = bf16 ? 2 : 4;
-  plan.row_block = 64;
-  plan.k_block = t.panel_bytes / (plan.row_block * element) / 128 * 128;
+  const bool wide = plan.arithmetic == Arithmetic::f32;
+  plan.row_block = plan.kernel == Plan::Kernel::matvec ? 32 : t.row_block;
+  // The longest block of K, whole groups of any format, that keeps a panel within panel_bytes; in
+  // float32 also short enough for its sums' rounding. matvec needs it too: it hands extreme x to
+  // matmul.
+  plan.k_block = t.panel_bytes / (t.row_block * (wide ? 4 : 2)) / 128 * 128;
+  if (wide && plan.k_block > 512) plan.k_block = 512;
   plan.m_block = 512;
   return plan;
 }

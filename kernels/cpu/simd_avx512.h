@@ -29,15 +29,11 @@ LOWBIT_FN void store(f16* p, f32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
 }
 LOWBIT_FN void store(bf16* p, f32 x) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-#else
   const u32 b = _mm512_castps_si512(x);
   const u32 odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), splat_u(1));
   u32 r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, splat_u(0x7fff)), odd), 16);
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), splat_u(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
-#endif
 }
 LOWBIT_FN f32 add(f32 a, f32 b) { return _mm512_add_ps(a, b); }
 LOWBIT_FN f32 mul(f32 a, f32 b) { return _mm512_mul_ps(a, b); }

@@ -12,7 +12,8 @@ import mlx.nn as mlx_nn
 
 from . import formats
 from .nn import swap
-from .nn.layer import ACTIVATION_MODES, FLOATS, ORIGIN, LowbitLayer
+from .nn.layer import FLOATS, ORIGIN, LowbitLayer
+from .ops import ACTIVATION_MODES
 
 _BACKENDS = ("auto", "lowbit", "mlx")
 
@@ -80,7 +81,8 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto") -> Report:
     do too. A class that extends one of these and passes its work to ``super().__call__`` is
     covered. Each module stays the same object with the same arrays: parameter names, files saved
     from it, tied layers, frozen parameters and ``isinstance`` tests are unaffected, no weight is
-    copied, and :func:`undo` is exact. Calling it again does nothing.
+    copied, and :func:`undo` is exact. Calling it again does nothing. What the layers then run
+    follows :func:`mlx_lowbit.set_backend`.
 
     What a model computes without such a layer stays with MLX, for example attention over a
     quantized KV cache. A function that ``mx.compile`` has traced already keeps what it traced.

@@ -7,8 +7,8 @@ import mlx.nn as mlx_nn
 from .accelerate import Left, Replaced, Report, describe
 from .nn import QQLinear, swap
 from .nn.experts import QQSwitchProduct, SwitchProduct, over
-from .nn.layer import ACTIVATION_MODES, ORIGIN
-from .nn.qqlinear import mark_quantized
+from .nn.layer import ORIGIN
+from .ops import ACTIVATION_MODES
 
 
 def quantize_activations(model: mlx_nn.Module, *, skip_unsupported: bool = False) -> Report:
@@ -64,8 +64,6 @@ def quantize_activations(model: mlx_nn.Module, *, skip_unsupported: bool = False
     for module, twin in changes:
         vars(module).pop(ORIGIN, None)
         object.__setattr__(module, "__class__", twin)
-        if isinstance(module, QQLinear):
-            mark_quantized(module)
     report.left += refused
     return report
 

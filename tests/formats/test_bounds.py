@@ -100,7 +100,8 @@ def test_nvfp4_error(rng):
         limit = scale * np.where(x > 6, x - 6 + 1e-6, fp4_step(x) * (1 + 1e-6))
         assert (g.error <= limit)[normal].all(), name
         assert (np.abs(g.scale - g.amax / 6) <= np.maximum(g.scale, g.amax / 6) / 16)[normal].all(), name
-        assert (g.error <= 0.176 * g.amax[:, None])[normal].all(), name
+        # One step of S at |x| = 5 S, in a group whose amax of 5.625 S was rounded up to 6 S.
+        assert (g.error <= g.amax[:, None] / 5.625 * (1 + 1e-6))[normal].all(), name
         flushed = g.octets == 0
         assert not g.y[flushed].any(), name
         assert (g.amax[flushed] <= 6 * 2.0**-10 * (1 + 1e-6)).all(), name
@@ -115,7 +116,7 @@ def test_nvfp4_global_scale_reaches_small_tensors(nv_fmt, dtype, rng):
     words, scales, _ = ops.quantize(oracle.to_mlx(w), mode="nvfp4", global_scale=mx.array(amax))
     y = oracle.decode(nv_fmt, oracle.Weight(np.array(words), np.array(scales)), amax)
     peak = np.repeat(np.abs(oracle.f64(w)).reshape(-1, 16).max(-1), 16).reshape(w.shape)
-    assert (np.abs(y - oracle.f64(w)) <= 0.18 * peak).all()
+    assert (np.abs(y - oracle.f64(w)) <= peak / 5.625 * (1 + 1e-6)).all()
 
 
 def test_known_quality(rng):

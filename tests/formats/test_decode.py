@@ -105,17 +105,18 @@ def test_global_scale(nv_fmt, dtype, scale):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_non_finite_scale_stays_in_its_group(affine_fmt, dtype, poison):
-    """A NaN or infinite scale or bias reaches its own group, as IEEE arithmetic has it, and no other."""
+    """A NaN or infinite scale or bias spoils its own group, all of it, and no other.
+
+    Which of NaN and infinity comes out is not promised: s * q + b may be computed as s * (q - z) + b.
+    """
     w = strategies.random_weight(np.random.default_rng(4), affine_fmt, 4, 3 * affine_fmt.group_size, dtype)
     w.scales[1, 1] = poison
     w.biases[2, 0] = poison
-    with np.errstate(invalid="ignore"):
-        want = oracle.decode(affine_fmt, w)
     got = oracle.f64(dequantize(affine_fmt, w, dtype=mx.float32))
     hit = np.zeros((4, 3), bool)
     hit[1, 1] = hit[2, 0] = True
     hit = np.repeat(hit, affine_fmt.group_size, -1)
-    np.testing.assert_array_equal(got[hit], want[hit])
+    assert not np.isfinite(got[hit]).any()
     assert np.isfinite(got[~hit]).all()
 
 

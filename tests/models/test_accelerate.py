@@ -1,4 +1,4 @@
-"""accelerate, undo, quantize_activations on small modules: what changes, stays and is reported."""
+"""accelerate and undo on small modules: what changes, what stays and what is reported."""
 
 from __future__ import annotations
 
@@ -13,81 +13,25 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lowbit import accelerate, nn, quantize_activations, undo
-
-K = 128
-X = mx.random.normal((3, K), key=mx.random.key(5))
-
-
-def quantized(mode="affine", bias=True, **keywords):
-    return mlx_nn.QuantizedLinear.from_linear(mlx_nn.Linear(K, K, bias=bias), mode=mode, **keywords)
-
-
-class Calls(mlx_nn.QuantizedLinear):
-    """Computes its product itself."""
-
-    def __call__(self, x):
-        return mx.quantized_matmul(x, self.weight, self.scales, self.biases)
-
-
-class Splits(mlx_nn.QuantizedLinear):
-    """Has the product computed by its base class."""
-
-    halves = 2
-
-    def __call__(self, x):
-        return super().__call__(x).split(self.halves, axis=-1)
-
-
-class Renamed(mlx_nn.QuantizedLinear):
-    def parts(self):
-        return 2
-
-
-class Wrapper(mlx_nn.Module):
-    """Layers in every place a module can keep them."""
-
-    def __init__(self, mode="affine"):
-        super().__init__()
-        self.embed = mlx_nn.QuantizedEmbedding(K, K, mode=mode)
-        self.head = quantized(mode)
-        self.tied = self.head
-        self.stack = [quantized(mode), [quantized(mode, bias=False)]]
-        self.named = {"a": quantized(mode), "b": {"c": quantized(mode)}}
-        self.fixed = (quantized(mode), mlx_nn.ReLU())
-        self._hidden = quantized(mode)
-        self.norm = mlx_nn.RMSNorm(K)
-
-    def layers(self):
-        yield from (self.head, self.stack[0], self.stack[1][0], self.named["a"])
-        yield from (self.named["b"]["c"], self.fixed[0], self._hidden)
-
-    def __call__(self, x):
-        for layer in self.layers():
-            x = self.norm(layer(x))
-        return self.embed.as_linear(x) + self.embed(mx.array([1, 2, 3])).astype(x.dtype)
-
-
-PATHS = ["embed", "head", "stack.0", "stack.1.0", "named.a", "named.b.c", "fixed.0", "_hidden"]
+from small_modules import (
+    PATHS,
+    Calls,
+    K,
+    Renamed,
+    Splits,
+    Wrapper,
+    X,
+    quantized,
+    state,
+    states,
+    values,
+)
 
 
 @pytest.fixture
 def model():
     mx.random.seed(0)
     return Wrapper()
-
-
-def values(y):
-    return np.array(y.astype(mx.float32))
-
-
-def state(module):
-    """Everything a module holds, arrays and submodules by identity."""
-    own = {name: id(value) for name, value in module.items() if not isinstance(value, (list, dict))}
-    return own, set(module._no_grad), module.training, type(module)
-
-
-def states(model):
-    return {path: state(module) for path, module in model.named_modules()}
 
 
 def test_every_place_is_reached_and_undone_exactly(model):
@@ -269,6 +213,14 @@ def test_copies_can_be_undone(model):
     assert np.array_equal(values(twin(X)), before)
 
 
+def test_new_layers_made_of_swapped_ones_are_not_undone():
+    layer = quantized("mxfp8")
+    accelerate(layer)
+    for cls in (nn.QuantizedLinear, nn.QQLinear):
+        new = cls.from_quantized(layer)
+        assert undo(new).replaced == [] and type(new) is cls
+
+
 def test_layers_made_as_ours_stay():
     layer = nn.QuantizedLinear.from_linear(mlx_nn.Linear(K, K))
     model = mlx_nn.Sequential(layer, quantized())
@@ -289,16 +241,14 @@ def test_backends(model, monkeypatch):
     assert len(accelerate(model, backend="lowbit").replaced) == len(PATHS)
     assert len(accelerate(model, backend="mlx").replaced) == len(PATHS)
     assert type(model.head) is mlx_nn.QuantizedLinear
-    with pytest.raises(
-        ValueError, match="^backend: expected one of 'auto', 'lowbit', 'mlx', got 1"
-    ):
-        accelerate(model, backend=1)
+    with pytest.raises(ValueError, match=r"^backend: expected one of 'auto'.*'mlx', got 'cuda'"):
+        accelerate(model, backend="cuda")
 
 
 @pytest.mark.parametrize("function", [accelerate, undo, quantize_activations])
 @pytest.mark.parametrize("thing", [None, {}, lambda x: x, mlx_nn.Linear])
 def test_only_modules(function, thing):
-    with pytest.raises(TypeError, match="^model: expected an mlx.nn.Module, got"):
+    with pytest.raises(TypeError, match=r"^model: expected an mlx.nn.Module, got"):
         function(thing)
 
 
@@ -310,7 +260,7 @@ def test_the_report_is_one_table():
         ["12", "layers.*", "QuantizedLinear", "affine4_g64"],
         ["1", "layers.*", "Linear", "float32"],
         ["1", "layers.*", "left", "Calls", "computes", "its", "product", "itself"],
-        "13 replaced, 1 left, 0 unchanged; private caches: 0 bytes".split(),
+        ["13", "replaced,", "1", "left,", "0", "unchanged;", "private", "caches:", "0", "bytes"],
     ]
     assert str(accelerate(mlx_nn.ReLU())).startswith("0 replaced, 0 left")
     assert "(the model itself)" in str(accelerate(quantized()))
@@ -367,64 +317,6 @@ def test_other_packages_switch_layers(monkeypatch):
         "group_size=32, bits=8, mode=mxfp8)"
     )
     assert isinstance(layer, base) and 1e-6 < difference < 0.1 * np.abs(before).max()
-
-
-@pytest.mark.parametrize("accelerated", [False, True])
-@pytest.mark.parametrize("mode", ["mxfp8", "nvfp4"])
-def test_quantize_activations_keeps_what_was_loaded(mode, accelerated):
-    mx.random.seed(2)
-    model = Wrapper(mode)
-    before, tree = values(model(X)), states(model)
-    if accelerated:
-        accelerate(model)
-    report = quantize_activations(model)
-    assert sorted(path for path, _, _ in report.replaced) == sorted(PATHS[1:])
-    assert {(kind, fmt) for _, kind, fmt in report.replaced} == {("QQLinear", mode)}
-    assert report.left == [("embed", "QuantizedEmbedding stays weight-only")]
-    assert all(type(layer) is nn.QQLinear for layer in model.layers()) and model.tied is model.head
-    for path, (own, frozen, training, _) in states(model).items():
-        assert (own, frozen, training) == tree[path][:3], path
-    after = values(model(X))
-    assert 1e-6 < np.linalg.norm(after - before) / np.linalg.norm(before) < 0.6
-    model.train(), model.eval()
-    assert np.array_equal(values(model(X)), after)
-    again = quantize_activations(model)
-    assert again.replaced == [] and again.unchanged == len(PATHS) - 1
-    undo(model)
-    assert type(model.head) is nn.QQLinear and type(model.embed) is mlx_nn.QuantizedEmbedding
-
-
-def test_quantize_activations_of_extending_classes():
-    model = mlx_nn.Sequential(Splits(K, K, mode="mxfp8"))
-    quantize_activations(model)
-    layer = model.layers[0]
-    assert isinstance(layer, nn.QQLinear) and isinstance(layer, Splits) and len(layer(X)) == 2
-    model = mlx_nn.Sequential(quantized("mxfp8"), Calls(K, K, mode="mxfp8"))
-    with pytest.raises(ValueError, match="^layers.1: Calls computes its product itself"):
-        quantize_activations(model)
-    assert type(model.layers[0]) is mlx_nn.QuantizedLinear
-
-
-@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_other_modes_are_refused_before_anything_changes(mode):
-    model = mlx_nn.Sequential(quantized("nvfp4"), quantized(mode), quantized(mode))
-    tree = states(model)
-    with pytest.raises(ValueError) as caught:
-        quantize_activations(model)
-    message = str(caught.value)
-    assert message.startswith(f"layers.1: QuantizedLinear is in mode '{mode}'")
-    assert "1 more" in message and "'mxfp8' or 'nvfp4'" in message and "skip_unsupported" in message
-    assert states(model) == tree
-    report = quantize_activations(model, skip_unsupported=True)
-    assert [path for path, _, _ in report.replaced] == ["layers.0"]
-    assert report.left == [(f"layers.{i}", f"QuantizedLinear is in mode '{mode}'") for i in (1, 2)]
-    assert [type(layer) for layer in model.layers[1:]] == [mlx_nn.QuantizedLinear] * 2
-
-
-def test_unquantized_models_are_refused():
-    for model in (mlx_nn.Linear(K, K), mlx_nn.Sequential(mlx_nn.QuantizedEmbedding(K, K))):
-        with pytest.raises(ValueError, match="^model: expected quantized.*'mxfp8' or 'nvfp4'"):
-            quantize_activations(model, skip_unsupported=True)
 
 
 def test_the_functions_are_not_hidden_by_their_modules():

@@ -54,6 +54,29 @@ def test_batched_weights(fmt, data):
     oracle.assert_equal(y, want)
 
 
+def test_bias_of_batched_weights_is_rounded_with_the_sum(fmt, dtype, rng):
+    """One rounding, of the sum and the bias together, also where w has leading dimensions."""
+    K = 4 * fmt.group_size
+    x = strategies.exact_activations(rng, (3, 5, K), dtype)
+    w = strategies.exact_weight(rng, fmt, 21, K, dtype, (3,))
+    bias = rng.integers(-64, 65, 21).astype(np.float32).astype(oracle.NUMPY_DTYPE[dtype]) / 4
+    want = oracle.f64(x) @ np.swapaxes(oracle.decode(fmt, w), -1, -2) + oracle.f64(bias)
+    oracle.assert_equal(product(fmt, x, w, bias=oracle.to_mlx(bias)), want)
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+def test_bias_of_another_dtype(fmt, dtype, bias_dtype, rng):
+    """The bias enters with its own bits and does not change the dtype of the result."""
+    K = 2 * fmt.group_size
+    x = strategies.exact_activations(rng, (3, K), dtype)
+    w = strategies.exact_weight(rng, fmt, 21, K, dtype)
+    bias = ((1 + np.arange(21)) / 64 * 2.0 ** (np.arange(21) % 9)).astype(np.float32)
+    bias = bias.astype(oracle.NUMPY_DTYPE[bias_dtype])
+    y = product(fmt, x, w, bias=oracle.to_mlx(bias))
+    assert y.dtype == dtype
+    oracle.assert_equal(y, oracle.f64(x) @ oracle.decode(fmt, w).T + oracle.f64(bias))
+
+
 def test_stride_zero_batches(fmt, rng):
     """Broadcast views of x and of w: the same memory for every batch entry."""
     K = 2 * fmt.group_size

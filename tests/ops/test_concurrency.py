@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -99,26 +100,51 @@ def test_many_small_calls_in_one_graph(judged_fmt, rng):
     assert np.abs(oracle.f64(y) - want).max() < 1e-4
 
 
+THREADS = """
+import hashlib
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mlx_lowbit import _ext, ops
+w, x = (mx.random.normal(shape, key=mx.random.key(1)) for shape in ((515, 1024), (40, 1024)))
+q = ops.quantize(w, mode="nvfp4")
+parts = [q[0], q[1], *(ops.quantized_matmul(x[:m], *q, mode="nvfp4") for m in (1, 8, 40)), ops.linear(x, w)]
+print(_ext.threads(), hashlib.sha1(b"".join(bytes(p.view(mx.uint8)) for p in parts)).hexdigest())
+"""
+
+
+def test_number_of_threads():
+    """MLX_LOWBIT_NUM_THREADS is obeyed, and no result depends on it; nonsense means the default."""
+    found = {}
+    for count in ("1", "2", "3", "7", "64", "0", "-1", "many", ""):
+        done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "MLX_LOWBIT_NUM_THREADS": count})  # fmt: skip
+        assert done.returncode == 0, (count, done.stderr)
+        found[count] = done.stdout.split()
+    assert len({digest for _, digest in found.values()}) == 1, found
+    assert [found[c][0] for c in ("1", "2", "3", "7")] == ["1", "2", "3", "7"], found
+    assert {found[c][0] for c in ("0", "-1", "many")} == {found[""][0]}, found
+
+
 FORK = """
 import os, sys
 import mlx.core as mx
-mx.set_default_device(mx.cpu)
 from mlx_lowbit import ops
-w = mx.random.normal((512, 1024), key=mx.random.key(1)); x = mx.random.normal((40, 1024), key=mx.random.key(2))
-def run(stream):
-    q = ops.quantize(w, mode="mxfp8", stream=stream)
-    return [ops.quantized_matmul(x[:m], *q, mode="mxfp8", stream=stream).tolist() for m in (1, 8, 40)]
-with mx.stream(mx.new_stream(mx.cpu)) as s:
-    mx.eval(w, x)
-before = run(mx.new_stream(mx.cpu))
+w, x = (mx.random.normal(shape, key=mx.random.key(1), stream=mx.cpu) for shape in ((512, 1024), (40, 1024)))
+mx.eval(w, x)
+def run():
+    # MLX's threads, one a stream, do not follow a fork: only a stream made afterwards works.
+    with mx.stream(mx.new_stream(mx.cpu)):
+        q = ops.quantize(w, mode="mxfp8")
+        return [ops.quantized_matmul(x[:m], *q, mode="mxfp8").tolist() for m in (1, 8, 40)]
+before = run()
 pids = []
 for _ in range(2):
     pid = os.fork()
-    if pid == 0:  # MLX's own stream threads stay behind in the parent: a new stream is needed
-        os._exit(0 if run(mx.new_stream(mx.cpu)) == before else 3)
+    if pid == 0:
+        os._exit(0 if run() == before else 3)
     pids.append(pid)
 codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-assert run(mx.new_stream(mx.cpu)) == before, "the parent's results changed"
+assert run() == before, "the parent's results changed"
 print(codes)
 sys.exit(codes != [0, 0])
 """

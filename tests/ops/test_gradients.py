@@ -93,25 +93,27 @@ def test_dequantize(affine_fmt, rng):
     oracle.assert_equal(db, by_group(affine_fmt, dy.astype(np.float64)))
 
 
-def gather_case(fmt: Any, rng: np.random.Generator, transpose: bool) -> tuple[Any, ...]:
+def gather_case(fmt: Any, rng: np.random.Generator, transpose: bool,
+                dtype: mx.Dtype = mx.float32) -> tuple[Any, ...]:  # fmt: skip
     """Repeated rows of x, repeated and unused experts."""
-    w = strategies.exact_weight(rng, fmt, 10, fmt.group_size, mx.float32, (4,))
+    w = strategies.exact_weight(rng, fmt, 10, fmt.group_size, dtype, (4,))
     values = oracle.decode(fmt, w)
     inner, outer = values.shape[:0:-1] if transpose else values.shape[1:]
     lhs, rhs = np.array([[0, 2], [1, 1], [0, 0]]), np.array([[3, 0], [0, 0], [1, 3]])
-    x, dy = integers(rng, (3, 2, inner)), integers(rng, (3, 2, 2, outer))
+    x, dy = integers(rng, (3, 2, inner), dtype), integers(rng, (3, 2, 2, outer), dtype)
     return w, values, lhs, rhs, x, dy
 
 
+@pytest.mark.parametrize("dtype16", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("transpose", [True, False])
-def test_gather_x(fmt, transpose, rng):
-    """What several pairs read of x is summed."""
-    w, values, lhs, rhs, x, dy = gather_case(fmt, rng, transpose)
+def test_gather_x(fmt, dtype16, transpose, rng):
+    """What several pairs read of x is summed in float32 and rounded once."""
+    w, values, lhs, rhs, x, dy = gather_case(fmt, rng, transpose, dtype16)
     arrays, keywords = strategies.weight_arrays(w), strategies.format_keywords(fmt)
     (dx,) = vjp(lambda x: ops.gather_qmm(x, *arrays, lhs_indices=mx.array(lhs), rhs_indices=mx.array(rhs),
                                          transpose=transpose, **keywords), [oracle.to_mlx(x)], dy)  # fmt: skip
     want = np.zeros(x.shape)
-    np.add.at(want, lhs, dy @ (values[rhs] if transpose else np.swapaxes(values, -1, -2)[rhs]))
+    np.add.at(want, lhs, oracle.f64(dy) @ (values[rhs] if transpose else np.swapaxes(values, -1, -2)[rhs]))
     oracle.assert_equal(dx, want)
 
 

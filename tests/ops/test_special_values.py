@@ -62,12 +62,12 @@ def test_bad_scale_reaches_its_output_column(affine_fmt, dtype, M, value, rng):
     K = 3 * affine_fmt.group_size
     x = strategies.exact_activations(rng, (M, K), dtype)
     w = strategies.exact_weight(rng, affine_fmt, 18, K, dtype)
-    clean = product(affine_fmt, x, w)
     w.biases[11, 1] = value
+    x[x == 0] = 1
+    clean = product(affine_fmt, x, w._replace(biases=np.where(np.isfinite(w.biases), w.biases, 0)))
     got = product(affine_fmt, x, w)
-    assert not np.isfinite(got[:, 11]).any() or value == np.inf
+    assert not np.isfinite(got[:, 11]).any()
     np.testing.assert_array_equal(np.delete(got, 11, 1), np.delete(clean, 11, 1))
-    np.testing.assert_array_equal(got[:, 11], reference(affine_fmt, x, w)[:, 11])
 
 
 @pytest.mark.parametrize("M", ROWS)
@@ -97,12 +97,13 @@ def test_float16_sums_may_pass_its_range(fmt, M, rng):
     w = strategies.exact_weight(rng, fmt, 9, K, mx.float16)
     w = Weight(*(None if a is None else np.concatenate([a[:, : a.shape[1] // 2]] * 2, 1) for a in w))
     x = np.zeros((M, K), np.float16)
-    x[:, : fmt.group_size] = 32768
-    x[:, fmt.group_size :] = -32768
+    first, second = slice(0, 8), slice(fmt.group_size, fmt.group_size + 8)
+    x[:, first], x[:, second] = 32768, -32768
     x[:, 0] = 32768 + 32  # what is left after the two halves cancel
     want = oracle.rounded(reference(fmt, x, w), mx.float16)
+    assert np.isfinite(want).all()
     np.testing.assert_array_equal(product(fmt, x, w), want)
-    x[:, fmt.group_size :] = 32768
+    x[:, second] = 32768
     want = oracle.rounded(reference(fmt, x, w), mx.float16)
     assert np.isinf(want).any()
     np.testing.assert_array_equal(product(fmt, x, w), want)

@@ -127,8 +127,6 @@ def test_vmap_of_linear(dtype, rng):
 
 def every_op(fmt: Any, rng: np.random.Generator) -> dict[str, tuple[Any, list[mx.array]]]:
     """Name to (function of arrays, arrays): each op that takes `fmt`, its operands as inputs."""
-    from conftest import QQ_MODES
-
     keywords, K = strategies.format_keywords(fmt), 2 * fmt.group_size
     weight, experts = exact_arrays(fmt, rng, 14), exact_arrays(fmt, rng, 14, (3,))
     x, tokens = integers(rng, (5, K)), integers(rng, (4, 1, K))
@@ -140,7 +138,7 @@ def every_op(fmt: Any, rng: np.random.Generator) -> dict[str, tuple[Any, list[mx
         "dequantize": (lambda *w: ops.dequantize(*w, **keywords), weight),
         "quantize": (lambda x: ops.quantize(x, nan_policy="propagate", **keywords)[0], [x]),
     }
-    if fmt.mode in QQ_MODES:
+    if fmt.mode in strategies.QQ_MODES:
         found["qqmm"] = (lambda x, *w: ops.qqmm(x, *w, **keywords), [x, *weight])
         found["gather_qqmm"] = (lambda x, *w: ops.gather_qqmm(x, *w, rhs_indices=rhs, **keywords), [tokens, *experts])
     return found

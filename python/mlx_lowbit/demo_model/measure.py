@@ -102,11 +102,13 @@ def generate(
     prompt: list[int],
     count: int,
     sampler: Callable[[mx.array], mx.array] | None = None,
+    *,
+    warm_up: int = 1,
 ) -> Generation:
     """``count`` tokens from ``mlx_lm.stream_generate``; an end token does not stop it.
 
-    Greedy without a sampler. One token is run through the model first, so that no rate holds a
-    one-time cost.
+    Greedy without a sampler. Before it, ``warm_up`` tokens and then one are run through the model,
+    so that no rate holds a one-time cost of either shape.
 
     Raises:
         ValueError: ``count`` is below 2 (a rate needs two tokens).
@@ -116,7 +118,8 @@ def generate(
     if count < 2:
         raise ValueError(f"count: expected at least 2, got {count}")
     tokenizer.eos_token_ids = None
-    mx.eval(model(mx.array([[0]])))
+    for length in {warm_up, 1}:
+        mx.eval(model(mx.zeros((1, length), mx.int32)))
     seen: list[mx.array] = []
 
     def keep(_: mx.array, logits: mx.array) -> mx.array:

@@ -8,9 +8,7 @@ import mlx.core as mx
 import mlx.nn as mlx_nn
 
 from .. import formats, ops
-
-ACTIVATION_MODES = ("mxfp8", "nvfp4")
-"""The modes which activations can take as well as weights."""
+from ..ops import ACTIVATION_MODES
 
 ORIGIN = "_class_before_accelerate"
 """Plain attribute, never a parameter: the class which ``undo`` puts back."""

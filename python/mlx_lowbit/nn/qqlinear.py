@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
@@ -26,9 +25,8 @@ from .layer import (
 _UNIT_GLOBAL_SCALE = 448.0 * 6.0
 
 
-def global_scales(layer: mlx_nn.Module) -> dict[str, mx.array | None]:
+def global_scales(of_w: mx.array | None) -> dict[str, mx.array | None]:
     """The two ``global_scale`` keywords of the activation-quantized ops: both, or neither."""
-    of_w = stored_global_scale(layer)
     of_x = None if of_w is None else mx.array(_UNIT_GLOBAL_SCALE, mx.float32)
     return {"global_scale_x": of_x, "global_scale_w": of_w}
 
@@ -55,8 +53,10 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
         ValueError: any other mode, named together with the two that work.
     """
 
-    # Neither mode has biases; tools written for QuantizedLinear read the attribute.
+    # What tools written for MLX's two classes read: neither mode has biases, and the weight is
+    # always in its quantized form.
     biases = None
+    _quantized = True
 
     def __init__(
         self,
@@ -72,7 +72,15 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
         mlx_nn.Module.__init__(self)
         bound = math.sqrt(1 / input_dims)
         weight = mx.random.uniform(low=-bound, high=bound, shape=(output_dims, input_dims))
-        self._store(weight, group_size, bits, mode, False, "propagate")
+        store_quantized(
+            self,
+            weight,
+            group_size=group_size,
+            bits=bits,
+            mode=mode,
+            global_scale=False,
+            nan_policy="propagate",
+        )
         if bias:
             self.bias = mx.zeros((output_dims,))
         self.freeze()
@@ -84,7 +92,7 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
             self["weight"],
             self["scales"],
             bias=self.get("bias"),
-            **global_scales(self),
+            **global_scales(stored_global_scale(self)),
             **quantization(self),
         )
 
@@ -108,26 +116,6 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
             "mlx_lowbit.dequantize(layer.weight, layer.scales, mode=layer.mode)"
         )
 
-    def _store(
-        self,
-        weight: mx.array,
-        group_size: int | None,
-        bits: int | None,
-        mode: str,
-        global_scale: bool,
-        nan_policy: str,
-    ) -> None:
-        store_quantized(
-            self,
-            weight,
-            group_size=group_size,
-            bits=bits,
-            mode=mode,
-            global_scale=global_scale,
-            nan_policy=nan_policy,
-        )
-        mark_quantized(self)
-
     @classmethod
     def from_linear(
         cls,
@@ -149,7 +137,15 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
         check_activation_mode(cls.__name__, mode)
         weight = check_source("linear_layer", linear_layer, "an mlx.nn.Linear", 2)
         layer = empty(cls)
-        layer._store(weight, group_size, bits, mode, global_scale, nan_policy)
+        store_quantized(
+            layer,
+            weight,
+            group_size=group_size,
+            bits=bits,
+            mode=mode,
+            global_scale=global_scale,
+            nan_policy=nan_policy,
+        )
         layer.freeze()
         if "bias" in linear_layer:
             layer.bias = linear_layer.bias  # after freeze(): trainable, as in MLX
@@ -166,11 +162,4 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
         """
         check_quantized("layer", layer, "an mlx.nn.QuantizedLinear", 2)
         check_activation_mode(type(layer).__name__, layer.mode)
-        new = share(cls, layer)
-        mark_quantized(new)
-        return new
-
-
-def mark_quantized(layer: Any) -> None:
-    """Set the flag by which ``mlx.nn.QQLinear`` knows that its weight is quantized."""
-    layer._quantized = True
+        return share(cls, layer)

@@ -1,0 +1,261 @@
+// matvec with tiles, for the few to a hundred rows of x between matvec's registers and matmul's
+// panels. Codes are exact in bfloat16, so tiles multiply codes with x and the scale is applied to
+// the 16 x 16 sums of each group: decoding is one table lookup for 32 codes, and no weight is
+// rounded. Float32 x is the exact sum of three bfloat16 and float16 x of two, so that tiles serve
+// them as well, with as many products.
+//
+//   for each     16 stored rows of W, block of K
+//                  codes -> panel[16][k], in L1
+//     for each   16 rows of x, group of K
+//                  C = panel x X over the group (1 to 4 steps of 32, times the parts of x)
+//                  sum[n] += scale[n] * C[n] + bias[n] * (group sum of x), n = 0..15
+//
+// nvfp4's groups of 16 are shorter than a tile's 32 along K; scale times code is exact in bfloat16
+// there, so its panel holds weights and a whole block of K counts as one group of scale 1.
+#pragma once
+
+#include "activations.h"
+#include "arena.h"
+#include "load.h"
+#include "simd_amx.h"
+
+LOWBIT_BEGIN
+
+template <class F>
+inline constexpr bool kTileFormat = F::Code::kBits == 8 || F::Code::kBits <= 5;
+
+// Codes in natural order as exact bfloat16, less the decoder's offset.
+template <class Code>
+struct ExactDecoder {
+  static constexpr bool kFolded = false;
+  static constexpr float kOffset = kCentre<Code>;
+  pairs table;
+  ExactDecoder() {
+    bf16 value[32];
+    for (uint32_t i = 0; i < 32; i++)
+      value[i] = from_float<bf16>(Code::decode(i & ((1u << Code::kBits) - 1)) - kOffset);
+    table = load_pairs(value);
+  }
+  // count: a multiple of 32, as it is whenever groups are
+  void row(const uint8_t* p, int64_t count, const float*, bf16* out) const {
+    for (int64_t k = 0; k < count; k += 32)
+      _mm512_storeu_si512(out + k,
+                          lookup32(table, windows16<Code::kBits>(p + k * Code::kBits / 8)));
+  }
+};
+
+template <class Code>
+  requires(Code::kBits == 8)
+struct ExactDecoder<Code> {
+  using Bytes = BytePairDecoder<Code>;
+  static constexpr bool kFolded = false;
+  static constexpr float kOffset = Bytes::kOffset;
+  Bytes bytes;
+  void row(const uint8_t* p, int64_t count, const float*, bf16* out) const {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t k = 0; k < count; k += 64) {
+      const __mmask64 here = count - k < 64 ? 0xffffffffu : ~uint64_t(0);
+      const __m512i codes = _mm512_maskz_loadu_epi8(here, p + k);
+      const auto decoded = bytes.decode(_mm512_permutexvar_epi64(order, codes));
+      _mm512_storeu_si512(out + k, decoded.first);
+      if (count - k >= 64) _mm512_storeu_si512(out + k + 32, decoded.second);
+    }
+  }
+};
+
+// Codes times scales of groups of 16, exact in bfloat16. Even and odd elements are multiplied as
+// float32 and put back side by side; a last half of 32 is filled with zeros.
+struct FoldedDecoder {
+  static constexpr bool kFolded = true;
+  static constexpr float kOffset = 0.0f;
+  ExactDecoder<E2m1> codes;
+  void row(const uint8_t* p, int64_t count, const float* scale, bf16* out) const {
+    for (int64_t k = 0; k < count; k += 32) {
+      const __mmask32 here = count - k < 32 ? 0xff : 0xffff;
+      const __m512i packed = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(here, p + k / 2));
+      alignas(64) uint8_t copy[64];
+      _mm512_store_si512(copy, packed);
+      const pairs q = lookup32(codes.table, windows16<4>(copy));
+      const f32 s = _mm512_insertf32x8(splat(scale[k / 16]), _mm256_set1_ps(scale[k / 16 + 1]), 1);
+      const f32 even = mul(as_f32(shl<16>(q)), s);
+      const f32 odd = mul(as_f32(bit_and(q, splat_u(0xffff0000u))), s);
+      _mm512_storeu_si512(out + k, bit_or(shr<16>(as_u32(even)), as_u32(odd)));
+    }
+  }
+};
+
+template <class F>
+struct TileDecoderOf { using type = ExactDecoder<typename F::Code>; };
+template <>
+struct TileDecoderOf<Nvfp4> { using type = FoldedDecoder; };
+
+template <class Decoder>
+struct TileMatvec {
+  static constexpr int64_t kBlock = 512, kLd = kBlock + 32;  // of K; a panel is 17 KiB
+
+  const cpu::Product& p;
+  const Pool& pool;
+  const Decoder& decoder;
+  const int bits = kFormats[int(p.format)].bits;
+  const int64_t K = p.w.columns, Kp = up(K, 32), N = p.w.rows, M = p.x.count;
+  const int64_t blocks = (M + 15) / 16;  // of x
+  const int64_t stored_group = p.w.group_size;
+  const int64_t group = Decoder::kFolded ? kBlock : stored_group;  // that a C tile covers
+  const int64_t groups = (Kp + group - 1) / group;
+  const int64_t room_groups = Groups::padded(kBlock / stored_group);
+  // bfloat16 parts of an element of x. A quantized x has one.
+  const int parts = p.x.quantize != Format::dense || p.x.dtype == Dtype::bf16 ? 1
+                    : p.x.dtype == Dtype::f16                                 ? 2
+                                                                              : 3;
+
+  bf16* x = nullptr;          // [16 tokens][k/32][part][k/2 % 16][token][k%2]
+  float* x_sums = nullptr;    // [16 tokens][group][token]
+  float* rows = nullptr;      // per thread: a row of x
+  bf16* panels = nullptr;     // per thread: [16][kLd]
+  float* scales = nullptr;    // per thread: [16][scale, bias][room_groups]
+  float* sums = nullptr;      // per thread: [16 tokens][16 rows][token]
+  bool extreme_x = false;
+
+  size_t lay_out(Arena a) {
+    x = a.take<bf16>(blocks * 16 * Kp * parts);
+    x_sums = a.take<float>(blocks * 16 * groups);
+    rows = a.take<float>(pool.threads * (Kp + 16));
+    panels = a.take<bf16>(pool.threads * 16 * kLd);
+    scales = a.take<float>(pool.threads * 32 * room_groups);
+    sums = a.take<float>(pool.threads * blocks * 256);
+    return a.used;
+  }
+
+  void pack(int64_t block, int thread) {
+    float* row = rows + thread * (Kp + 16);
+    bf16* out = x + block * 16 * Kp * parts;
+    float* out_sums = x_sums + block * 16 * groups;
+    for (int64_t t = 0; t < 16; t++) {
+      const int64_t m = block * 16 + t;
+      for (int64_t k = m < M ? K : 0; k < Kp; k++) row[k] = 0.0f;
+      if (m < M) {
+        read_row(p.x, m, K, row);
+        if (extreme(row, K) || (parts > 1 && tiny(row, K)))
+          __atomic_store_n(&extreme_x, true, __ATOMIC_RELAXED);
+        if (p.x.quantize != Format::dense)
+          round_trip(p.x.quantize, p.x.dtype, row, K, p.x.global_scale);
+      }
+      for (int64_t g = 0; g < groups; g++) {
+        f32 sum = zero();
+        for (int64_t k = g * group; k < (g + 1) * group && k < Kp; k += 16)
+          sum = add(sum, load(row + k));
+        out_sums[g * 16 + t] = reduce(sum);
+      }
+      for (int64_t k = 0; k < Kp; k += 32) {
+        f32 low = load(row + k), high = load(row + k + 16);
+        for (int part = 0; part < parts; part++) {
+          alignas(64) bf16 rounded[32];
+          store(rounded, low), store(rounded + 16, high);
+          bf16* to = out + (k * parts + part * 32) * 16 + t * 2;
+          for (int64_t i = 0; i < 16; i++) std::memcpy(to + i * 32, rounded + 2 * i, 4);
+          low = _mm512_sub_ps(low, load(rounded)), high = _mm512_sub_ps(high, load(rounded + 16));
+        }
+      }
+    }
+  }
+
+  // The smaller parts of x must stay in bfloat16's normal range.
+  static bool tiny(const float* row, int64_t count) {
+    float largest = 0.0f;
+    for (int64_t k = 0; k < count; k++) largest = larger(largest, magnitude(row[k]));
+    return largest > 0.0f && largest < 0x1p-80f;
+  }
+
+  // One group: C tile `c` = codes x X.
+  template <int c>
+  LOWBIT_FN void multiply_group(const bf16* panel, const bf16* xb, int64_t g, int64_t end) const {
+    tiles::clear<c>();
+    const int64_t last = (g + 1) * group < end ? (g + 1) * group : end;
+    for (int64_t k = g * group; k < last; k += 32) {
+      tiles::load<4 + c % 2>(panel + k, kLd * sizeof(bf16));
+      for (int part = 0; part < parts; part++) {
+        tiles::load<6 + c % 2>(xb + (k * parts + part * 32) * 16, 64);
+        tiles::multiply<c, 4 + c % 2, 6 + c % 2>();
+      }
+    }
+  }
+
+  // All groups of one block of K against one block of x.
+  void accumulate(const bf16* panel, const float* scale, const float* bias, int64_t depth,
+                  const bf16* xb, const float* xs, float* sum) const {
+    alignas(64) float c[4][256];
+    f32 total[16];
+    for (int n = 0; n < 16; n++) total[n] = load(sum + n * 16);
+    const auto apply = [&](int64_t g, const float* tile) {
+      const f32 group_sum = load(xs + g * 16);
+      for (int n = 0; n < 16; n++) {
+        const int64_t at = n * 2 * room_groups + g;
+        if constexpr (Decoder::kFolded) {
+          total[n] = add(load(tile + n * 16), total[n]);
+        } else {
+          total[n] = fma(load(tile + n * 16), splat(scale[at]), total[n]);
+          if (bias) total[n] = fma(group_sum, splat(bias[at]), total[n]);
+        }
+      }
+    };
+    const int64_t count = (depth + group - 1) / group;
+    int64_t g = 0;
+    for (; g + 4 <= count; g += 4) {
+      multiply_group<0>(panel, xb, g, depth);
+      multiply_group<1>(panel, xb, g + 1, depth);
+      multiply_group<2>(panel, xb, g + 2, depth);
+      multiply_group<3>(panel, xb, g + 3, depth);
+      tiles::store<0>(c[0], 64), tiles::store<1>(c[1], 64);
+      tiles::store<2>(c[2], 64), tiles::store<3>(c[3], 64);
+      for (int i = 0; i < 4; i++) apply(g + i, c[i]);
+    }
+    for (; g < count; g++) {
+      multiply_group<0>(panel, xb, g, depth);
+      tiles::store<0>(c[0], 64);
+      apply(g, c[0]);
+    }
+    for (int n = 0; n < 16; n++) store(sum + n * 16, total[n]);
+  }
+
+  void task(int64_t n0, int thread) const {
+    bf16* panel = panels + thread * 16 * kLd;
+    float* scale = scales + thread * 32 * room_groups;
+    float* sum = sums + thread * blocks * 256;
+    const int64_t count_rows = N - n0 < 16 ? N - n0 : 16;
+    for (int64_t i = 0; i < blocks * 256; i++) sum[i] = 0.0f;
+    tiles::configure();
+    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+      const int64_t count = K - k0 < kBlock ? K - k0 : kBlock;
+      for (int64_t n = 0; n < 16; n++) {
+        const int64_t row = n0 + (n < count_rows ? n : count_rows - 1);
+        float* s = scale + n * 2 * room_groups;
+        Groups{s, p.w.biases ? s + room_groups : nullptr}.read(
+            p.w, row, k0 / stored_group, count / stored_group, decoder.kOffset);
+        const uint8_t* from = p.w.codes + row * p.w.row_bytes + k0 * bits / 8;
+        for (int64_t line = 0; line < count * bits / 8; line += 64)
+          __builtin_prefetch(from + 16 * p.w.row_bytes + line);
+        decoder.row(from, count, s, panel + n * kLd);
+      }
+      for (int64_t b = 0; b < blocks; b++)
+        accumulate(panel, scale, p.w.biases ? scale + room_groups : nullptr, up(count, 32),
+                   x + (b * Kp + k0) * parts * 16, x_sums + (b * groups + k0 / group) * 16,
+                   sum + b * 256);
+    }
+    tiles::release();
+    for (int64_t m = 0; m < M; m++) {
+      float line[16 + kLanes];
+      for (int64_t n = 0; n < count_rows; n++) line[n] = sum[m / 16 * 256 + n * 16 + m % 16];
+      write_row(p.y, m, n0, count_rows, line);
+    }
+  }
+
+  bool run() {
+    lay_out(Arena{static_cast<char*>(pool.scratch(lay_out(Arena{})))});
+    cpu::parallel_for(pool, blocks, [&](int64_t b, int thread) { pack(b, thread); });
+    if (extreme_x) return false;
+    cpu::parallel_for(pool, (N + 15) / 16, [&](int64_t i, int thread) { task(i * 16, thread); });
+    return true;
+  }
+};
+
+LOWBIT_END
