@@ -9,18 +9,13 @@ using cpu::Activations;
 using cpu::Pool;
 using cpu::Result;
 
-template <class T>
-inline void widen_row(const Activations& x, int64_t i, int64_t K, float* out) {
-  const int64_t row = x.index ? x.index[i] : i;
-  widen<T>(static_cast<const T*>(x.x) + row * x.stride, 0, K, out);
-}
-
-// Row i as float32, after quantization if the product asks for it.
-inline void read_row(const Activations& x, int64_t i, int64_t K, float* out) {
+// Elements [k0, k0 + count) of row i as float32, as they were before any quantization.
+inline void read_row(const Activations& x, int64_t i, int64_t k0, int64_t count, float* out) {
+  const int64_t at = (x.index ? x.index[i] : i) * x.stride + k0;
   switch (x.dtype) {
-    case Dtype::f32: widen_row<float>(x, i, K, out); break;
-    case Dtype::f16: widen_row<f16>(x, i, K, out); break;
-    case Dtype::bf16: widen_row<bf16>(x, i, K, out); break;
+    case Dtype::f32: return widen<float>(x.x, at, count, out);
+    case Dtype::f16: return widen<f16>(x.x, at, count, out);
+    case Dtype::bf16: return widen<bf16>(x.x, at, count, out);
   }
 }
 

@@ -64,7 +64,7 @@ struct Matmul {
       const int64_t m = m0 + t0 + t;
       for (int64_t k = m < M ? K : 0; k < row_floats; k++) row[k] = 0.0f;
       if (m < M) {
-        read_row(p.x, m, K, row);
+        read_row(p.x, m, 0, K, row);
         if (p.x.quantize != Format::dense)
           round_trip(p.x.quantize, p.x.dtype, row, K, p.x.global_scale);
       }
@@ -197,7 +197,7 @@ struct MatmulN {
       parallel_for(pool, m_block, [&](int64_t i, int) {
         float* row = x + i * x_ld;
         for (int64_t k = m0 + i < M ? K : 0; k < x_ld; k++) row[k] = 0.0f;
-        if (m0 + i < M) read_row(p.x, m0 + i, K, row);
+        if (m0 + i < M) read_row(p.x, m0 + i, 0, K, row);
       });
       parallel_for(pool, up(N, kColumns) / kColumns,
                    [&](int64_t i, int thread) { task(m0, i * kColumns, thread); });

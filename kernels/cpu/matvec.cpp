@@ -277,7 +277,7 @@ bool run_matvec(const Product& p, const Plan& plan, const Pool& pool) {
     float* row = rows + thread * row_floats;
     for (int64_t k = K; k < row_floats; k++) row[k] = 0.0f;
     if (t < M) {
-      read_row(p.x, t, K, row);
+      read_row(p.x, t, 0, K, row);
       if (Decoder::kScaled && extreme(row, K)) __atomic_store_n(&any_extreme, true, 0);
       if (p.x.quantize != Format::dense)
         round_trip(p.x.quantize, p.x.dtype, row, K, p.x.global_scale);

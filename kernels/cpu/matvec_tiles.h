@@ -102,7 +102,7 @@ struct TileMatvec {
   const int64_t stored_group = p.w.group_size;
   const int64_t group = Decoder::kFolded ? kBlock : stored_group;  // that a C tile covers
   const int64_t groups = (Kp + group - 1) / group;
-  const int64_t room_groups = Groups::padded(kBlock / stored_group);
+  const int64_t room_groups = Groups::padded(K / stored_group);
   // bfloat16 parts of an element of x. A quantized x has one.
   const int parts = p.x.quantize != Format::dense || p.x.dtype == Dtype::bf16 ? 1
                     : p.x.dtype == Dtype::f16                                 ? 2
@@ -110,7 +110,7 @@ struct TileMatvec {
 
   bf16* x = nullptr;          // [16 tokens][k/32][part][k/2 % 16][token][k%2]
   float* x_sums = nullptr;    // [16 tokens][group][token]
-  float* rows = nullptr;      // per thread: a row of x
+  float* rows = nullptr;      // per thread: kBlock elements of a row of x
   bf16* panels = nullptr;     // per thread: [16][kLd]
   float* scales = nullptr;    // per thread: [16][scale, bias][room_groups]
   float* sums = nullptr;      // per thread: [16 tokens][16 rows][token]
@@ -119,40 +119,42 @@ struct TileMatvec {
   size_t lay_out(Arena a) {
     x = a.take<bf16>(blocks * 16 * Kp * parts);
     x_sums = a.take<float>(blocks * 16 * groups);
-    rows = a.take<float>(pool.threads * (Kp + 16));
+    rows = a.take<float>(pool.threads * (kBlock + 32));
     panels = a.take<bf16>(pool.threads * 16 * kLd);
     scales = a.take<float>(pool.threads * 32 * room_groups);
     sums = a.take<float>(pool.threads * blocks * 256);
     return a.used;
   }
 
-  void pack(int64_t block, int thread) {
-    float* row = rows + thread * (Kp + 16);
-    bf16* out = x + block * 16 * Kp * parts;
-    float* out_sums = x_sums + block * 16 * groups;
-    for (int64_t t = 0; t < 16; t++) {
-      const int64_t m = block * 16 + t;
-      for (int64_t k = m < M ? K : 0; k < Kp; k++) row[k] = 0.0f;
-      if (m < M) {
-        read_row(p.x, m, K, row);
-        if (extreme(row, K) || (parts > 1 && tiny(row, K)))
-          __atomic_store_n(&extreme_x, true, __ATOMIC_RELAXED);
-        if (p.x.quantize != Format::dense)
-          round_trip(p.x.quantize, p.x.dtype, row, K, p.x.global_scale);
-      }
-      for (int64_t g = 0; g < groups; g++) {
+  // Elements [k0, k0 + kBlock) of 16 rows of x.
+  void pack(int64_t block, int64_t k0, int thread) {
+    float* row = rows + thread * (kBlock + 32);
+    const int64_t count = K - k0 < kBlock ? K - k0 : kBlock, padded = up(count, 32);
+    bf16* out = x + (block * Kp + k0) * parts * 16;
+    float* out_sums = x_sums + (block * groups + k0 / group) * 16;
+    std::memset(out, 0, size_t(padded * parts * 16) * sizeof(bf16));
+    std::memset(out_sums, 0, size_t((padded + group - 1) / group * 16) * sizeof(float));
+    for (int64_t t = 0; t < 16 && block * 16 + t < M; t++) {
+      read_row(p.x, block * 16 + t, k0, count, row);
+      for (int64_t k = count; k < padded; k++) row[k] = 0.0f;
+      if (extreme(row, count) || (parts > 1 && tiny(row, count)))
+        __atomic_store_n(&extreme_x, true, __ATOMIC_RELAXED);
+      if (p.x.quantize != Format::dense)
+        round_trip(p.x.quantize, p.x.dtype, row, count, p.x.global_scale);
+      for (int64_t g = 0; g * group < padded; g++) {
         f32 sum = zero();
-        for (int64_t k = g * group; k < (g + 1) * group && k < Kp; k += 16)
+        for (int64_t k = g * group; k < (g + 1) * group && k < padded; k += 16)
           sum = add(sum, load(row + k));
         out_sums[g * 16 + t] = reduce(sum);
       }
-      for (int64_t k = 0; k < Kp; k += 32) {
+      for (int64_t k = 0; k < padded; k += 32) {
         f32 low = load(row + k), high = load(row + k + 16);
         for (int part = 0; part < parts; part++) {
           alignas(64) bf16 rounded[32];
-          store(rounded, low), store(rounded + 16, high);
+          _mm512_store_si512(rounded, round_pairs(low, high));
           bf16* to = out + (k * parts + part * 32) * 16 + t * 2;
           for (int64_t i = 0; i < 16; i++) std::memcpy(to + i * 32, rounded + 2 * i, 4);
+          if (part + 1 == parts) break;
           low = _mm512_sub_ps(low, load(rounded)), high = _mm512_sub_ps(high, load(rounded + 16));
         }
       }
@@ -224,20 +226,23 @@ struct TileMatvec {
     const int64_t count_rows = N - n0 < 16 ? N - n0 : 16;
     for (int64_t i = 0; i < blocks * 256; i++) sum[i] = 0.0f;
     tiles::configure();
+    const auto stored_row = [&](int64_t n) { return n0 + (n < count_rows ? n : count_rows - 1); };
+    for (int64_t n = 0; n < 16; n++) {
+      float* s = scale + n * 2 * room_groups;
+      Groups{s, p.w.biases ? s + room_groups : nullptr}.read(p.w, stored_row(n), 0,
+                                                             K / stored_group, decoder.kOffset);
+    }
     for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
       const int64_t count = K - k0 < kBlock ? K - k0 : kBlock;
+      const float* here = scale + k0 / stored_group;
       for (int64_t n = 0; n < 16; n++) {
-        const int64_t row = n0 + (n < count_rows ? n : count_rows - 1);
-        float* s = scale + n * 2 * room_groups;
-        Groups{s, p.w.biases ? s + room_groups : nullptr}.read(
-            p.w, row, k0 / stored_group, count / stored_group, decoder.kOffset);
-        const uint8_t* from = p.w.codes + row * p.w.row_bytes + k0 * bits / 8;
+        const uint8_t* from = p.w.codes + stored_row(n) * p.w.row_bytes + k0 * bits / 8;
         for (int64_t line = 0; line < count * bits / 8; line += 64)
           __builtin_prefetch(from + 16 * p.w.row_bytes + line);
-        decoder.row(from, count, s, panel + n * kLd);
+        decoder.row(from, count, here + n * 2 * room_groups, panel + n * kLd);
       }
       for (int64_t b = 0; b < blocks; b++)
-        accumulate(panel, scale, p.w.biases ? scale + room_groups : nullptr, up(count, 32),
+        accumulate(panel, here, p.w.biases ? here + room_groups : nullptr, up(count, 32),
                    x + (b * Kp + k0) * parts * 16, x_sums + (b * groups + k0 / group) * 16,
                    sum + b * 256);
     }
@@ -251,7 +256,10 @@ struct TileMatvec {
 
   bool run() {
     lay_out(Arena{static_cast<char*>(pool.scratch(lay_out(Arena{})))});
-    cpu::parallel_for(pool, blocks, [&](int64_t b, int thread) { pack(b, thread); });
+    const int64_t pieces = (K + kBlock - 1) / kBlock;
+    cpu::parallel_for(pool, blocks * pieces, [&](int64_t i, int thread) {
+      pack(i / pieces, i % pieces * kBlock, thread);
+    });
     if (extreme_x) return false;
     cpu::parallel_for(pool, (N + 15) / 16, [&](int64_t i, int thread) { task(i * 16, thread); });
     return true;

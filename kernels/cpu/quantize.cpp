@@ -36,13 +36,25 @@ bool all_finite(const float* w) {
   return bad == 0;
 }
 
+// A float's bits as an integer of the same order. Integer minima and maxima vectorize; float ones
+// would have to settle the order of NaN and of signed zeros first.
+LOWBIT_FN int32_t ordered(float x) {
+  const int32_t b = int32_t(to_bits(x));
+  return b ^ (b >> 31 & 0x7fffffff);
+}
+LOWBIT_FN float from_ordered(int32_t o) { return from_bits(uint32_t(o ^ (o >> 31 & 0x7fffffff))); }
+
 // One group of a block-scaled format: its scale byte, and codes unless `codes` is nullptr; `w`
 // becomes what the codes stand for times the scale when Replace.
 template <class F, class T, bool Replace>
 LOWBIT_FN uint32_t encode_group(float* w, uint8_t* codes, float enlarge) {
   using Code = typename F::Code;
-  float amax = 0.0f;
-  for (int i = 0; i < F::kGroup; i++) amax = larger(amax, magnitude(w[i]));
+  uint32_t largest = 0;
+  for (int i = 0; i < F::kGroup; i++) {
+    const uint32_t a = to_bits(w[i]) & 0x7fffffffu;
+    largest = a > largest ? a : largest;
+  }
+  const float amax = from_bits(largest);
   const RoundTo<T> round;
   const bool finite = all_finite<F::kGroup>(w);
   const uint32_t scale = finite ? F::fit(round(amax / Code::kMax), enlarge) : F::kNanScale;
@@ -77,9 +89,12 @@ void quantize_affine(const float* x, int64_t groups, uint8_t* codes, float* scal
   constexpr int G = F::kGroup;
   alignas(64) uint8_t q[G];
   for (int64_t g = 0; g < groups; g++, x += G) {
-    float low = x[0], high = x[0];
-    for (int i = 0; i < G; i++) low = smaller(low, x[i]), high = larger(high, x[i]);
-    const typename F::Group group = F::fit(low, high);
+    int32_t low = ordered(x[0]), high = low;
+    for (int i = 0; i < G; i++) {
+      const int32_t o = ordered(x[i]);
+      low = o < low ? o : low, high = o > high ? o : high;
+    }
+    const typename F::Group group = F::fit(from_ordered(low), from_ordered(high));
     for (int i = 0; i < G; i++) q[i] = uint8_t(F::encode(x[i], group));
     scales[g] = all_finite<G>(x) ? group.scale : __builtin_nanf("");
     biases[g] = group.bias;

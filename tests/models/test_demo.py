@@ -240,6 +240,14 @@ def test_generate_keeps_the_logits_of_each_token(trained):
         measure.generate(model, tokenizer, [1], 1)
 
 
+def test_end_token_does_not_stop_a_generation(trained):
+    model, tokenizer = trained
+    ends = [demo_model.END_OF_FILE] * 4
+    run = measure.generate(model, tokenizer, [1], 4, lambda _: mx.array(ends[:1]))
+    assert run.tokens == ends
+    assert tokenizer.eos_token_ids == set(ends)
+
+
 def test_quick_run_prints_and_writes_a_row_for_each_format(scratch, monkeypatch, capsys):
     monkeypatch.setattr(demo, "QUICK", TINY)
     target = scratch / "rows.json"
@@ -263,9 +271,13 @@ def test_judged_formats_are_one_for_each_mode_and_width():
     assert set(widths) == {(f.mode, f.bits) for f in mlx_lowbit.formats.FORMATS if f.judged}
 
 
-def test_formats_can_be_chosen(scratch):
-    fmt = next(f for f in mlx_lowbit.formats.FORMATS if not f.judged)
-    assert [row.format for row in demo.run([fmt], work=TINY)] == [demo.BASELINE, fmt.name]
+def test_formats_can_be_chosen_and_keep_their_order(scratch, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "QUICK", TINY)
+    names = [f.name for f in mlx_lowbit.formats.FORMATS if not f.judged][1::-1]
+    assert demo.main(["--quick", "--formats", *names]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == [demo.BASELINE, *names]
+    assert lines[5] == ""
 
 
 def test_quantized_rows_weigh_less(scratch):

@@ -117,7 +117,6 @@ def generate(
 
     if count < 2:
         raise ValueError(f"count: expected at least 2, got {count}")
-    tokenizer.eos_token_ids = None
     for length in {warm_up, 1}:
         mx.eval(model(mx.zeros((1, length), mx.int32)))
     seen: list[mx.array] = []
@@ -126,11 +125,20 @@ def generate(
         seen.append(logits)
         return logits
 
-    responses = list(
-        stream_generate(
-            model, tokenizer, prompt, max_tokens=count, sampler=sampler, logits_processors=[keep]
+    ends, tokenizer.eos_token_ids = tokenizer.eos_token_ids, None
+    try:
+        responses = list(
+            stream_generate(
+                model,
+                tokenizer,
+                prompt,
+                max_tokens=count,
+                sampler=sampler,
+                logits_processors=[keep],
+            )
         )
-    )
+    finally:
+        tokenizer.eos_token_ids = ends
     last = responses[-1]
     return Generation(
         prompt_tps=last.prompt_tps,
