@@ -9,6 +9,9 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "pool.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace lowbit::cpu {
 
@@ -21,6 +24,16 @@ void allocate(mx::array& out) {
     return text && *text && *text != '0';
   }();
   out.set_data(mx::allocator::malloc(out.nbytes()));
+#if defined(__linux__)
+  // A large result is fresh memory in every call: huge pages spare one fault per 4 KiB, which
+  // would cost more than writing it (dequantize of 4096x4096: 14 ms, of them 9 in faults).
+  constexpr size_t kHuge = size_t(2) << 20;
+  if (out.nbytes() >= 2 * kHuge) {
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + kHuge - 1) & ~(kHuge - 1);
+    const uintptr_t end = reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes();
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
   if (poison) std::memset(out.data<char>(), 0xff, out.nbytes());
 }
 

@@ -219,13 +219,24 @@ struct TileMatvec {
     for (int n = 0; n < 16; n++) store(sum + n * 16, total[n]);
   }
 
+  // Rows of a task: many, so that the rows prefetched while 16 are in work are this thread's next.
+  int64_t task_rows() const {
+    const int64_t share = up((N + pool.threads * 4 - 1) / (pool.threads * 4), 16);
+    return share < 128 ? share : 128;
+  }
+
   void task(int64_t n0, int thread) const {
+    tiles::configure();
+    for (int64_t n = n0; n < n0 + task_rows() && n < N; n += 16) rows16(n, thread);
+    tiles::release();
+  }
+
+  void rows16(int64_t n0, int thread) const {
     bf16* panel = panels + thread * 16 * kLd;
     float* scale = scales + thread * 32 * room_groups;
     float* sum = sums + thread * blocks * 256;
     const int64_t count_rows = N - n0 < 16 ? N - n0 : 16;
     for (int64_t i = 0; i < blocks * 256; i++) sum[i] = 0.0f;
-    tiles::configure();
     const auto stored_row = [&](int64_t n) { return n0 + (n < count_rows ? n : count_rows - 1); };
     for (int64_t n = 0; n < 16; n++) {
       float* s = scale + n * 2 * room_groups;
@@ -246,7 +257,6 @@ struct TileMatvec {
                    x + (b * Kp + k0) * parts * 16, x_sums + (b * groups + k0 / group) * 16,
                    sum + b * 256);
     }
-    tiles::release();
     for (int64_t m = 0; m < M; m++) {
       float line[16 + kLanes];
       for (int64_t n = 0; n < count_rows; n++) line[n] = sum[m / 16 * 256 + n * 16 + m % 16];
@@ -261,7 +271,9 @@ struct TileMatvec {
       pack(i / pieces, i % pieces * kBlock, thread);
     });
     if (extreme_x) return false;
-    cpu::parallel_for(pool, (N + 15) / 16, [&](int64_t i, int thread) { task(i * 16, thread); });
+    const int64_t size = task_rows();
+    cpu::parallel_for(pool, (N + size - 1) / size,
+                      [&](int64_t i, int thread) { task(i * size, thread); });
     return true;
   }
 };

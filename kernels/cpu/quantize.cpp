@@ -44,32 +44,7 @@ LOWBIT_FN int32_t ordered(float x) {
 }
 LOWBIT_FN float from_ordered(int32_t o) { return from_bits(uint32_t(o ^ (o >> 31 & 0x7fffffff))); }
 
-// One group of a block-scaled format: its scale byte, and codes unless `codes` is nullptr; `w`
-// becomes what the codes stand for times the scale when Replace.
-template <class F, class T, bool Replace>
-LOWBIT_FN uint32_t encode_group(float* w, uint8_t* codes, float enlarge) {
-  using Code = typename F::Code;
-  uint32_t largest = 0;
-  for (int i = 0; i < F::kGroup; i++) {
-    const uint32_t a = to_bits(w[i]) & 0x7fffffffu;
-    largest = a > largest ? a : largest;
-  }
-  const float amax = from_bits(largest);
-  const RoundTo<T> round;
-  const bool finite = all_finite<F::kGroup>(w);
-  const uint32_t scale = finite ? F::fit(round(amax / Code::kMax), enlarge) : F::kNanScale;
-  if (!finite) {
-    for (int i = 0; i < F::kGroup; i++) codes[i] = uint8_t(F::kNanCode);
-  } else {
-    for (int i = 0; i < F::kGroup; i++)
-      codes[i] = uint8_t(Code::encode(F::normalize(w[i], scale, enlarge, round)));
-  }
-  if constexpr (Replace) {
-    const float s = F::Scale::decode(scale);
-    for (int i = 0; i < F::kGroup; i++) w[i] = Code::decode(codes[i]) * s;
-  }
-  return scale;
-}
+constexpr int64_t kPiece = 2048;  // elements handled at a time, whole groups
 
 float enlarge_by(float global_scale) {
   return global_scale > 0.0f ? Nvfp4::kGlobalMax / global_scale : 1.0f;
@@ -102,24 +77,70 @@ void quantize_affine(const float* x, int64_t groups, uint8_t* codes, float* scal
   }
 }
 
+// Scale bytes of a piece's groups, and what their elements are normalized by. A pass of its own, so
+// that the arithmetic of scales is vectorized over groups.
 template <class F, class T>
-void quantize_blocks(float* x, int64_t groups, float global_scale, uint8_t* codes,
-                     uint8_t* scales) {
-  alignas(64) uint8_t q[F::kGroup];
+void fit_blocks(const float* x, int64_t groups, float enlarge, uint8_t* scales, float* steps) {
+  float largest[kPiece / F::kGroup];
   for (int64_t g = 0; g < groups; g++) {
-    scales[g] = uint8_t(encode_group<F, T, false>(x + g * F::kGroup, q, enlarge_by(global_scale)));
+    uint32_t most = 0;
+    for (int i = 0; i < F::kGroup; i++) {
+      const uint32_t a = to_bits(x[g * F::kGroup + i]) & 0x7fffffffu;
+      most = a > most ? a : most;
+    }
+    largest[g] = from_bits(most);
+  }
+  const RoundTo<T> round;
+  for (int64_t g = 0; g < groups; g++) {
+    const uint32_t fitted = F::fit(round(largest[g] / F::Code::kMax), enlarge);
+    const uint32_t scale = to_bits(largest[g]) < 0x7f800000u ? fitted : F::kNanScale;
+    scales[g] = uint8_t(scale);
+    steps[g] = F::step(scale);
+  }
+}
+
+template <class F, class T>
+LOWBIT_FN void encode_block(const float* x, uint32_t scale, float step, float enlarge,
+                            uint8_t* codes) {
+  if (scale == F::kNanScale) {
+    std::memset(codes, int(F::kNanCode), F::kGroup);
+    return;
+  }
+  const RoundTo<T> round;
+  for (int i = 0; i < F::kGroup; i++)
+    codes[i] = uint8_t(F::Code::encode(F::normalize(x[i], step, enlarge, round)));
+}
+
+template <class F, class T>
+void quantize_blocks(const float* x, int64_t groups, float global_scale, uint8_t* codes,
+                     uint8_t* scales) {
+  float steps[kPiece / F::kGroup];
+  alignas(64) uint8_t q[F::kGroup];
+  const float enlarge = enlarge_by(global_scale);
+  fit_blocks<F, T>(x, groups, enlarge, scales, steps);
+  for (int64_t g = 0; g < groups; g++) {
+    encode_block<F, T>(x + g * F::kGroup, scales[g], steps[g], enlarge, q);
     pack_group<F>(q, g, codes);
   }
 }
 
 template <class F, class T>
 void round_trip_row(float* row, int64_t columns, float global_scale) {
+  float steps[kPiece / F::kGroup];
+  uint8_t scales[kPiece / F::kGroup];
   alignas(64) uint8_t q[F::kGroup];
-  for (int64_t g = 0; g < columns / F::kGroup; g++)
-    encode_group<F, T, true>(row + g * F::kGroup, q, enlarge_by(global_scale));
+  const float enlarge = enlarge_by(global_scale);
+  for (int64_t k = 0; k < columns; k += kPiece) {
+    const int64_t groups = (columns - k < kPiece ? columns - k : kPiece) / F::kGroup;
+    fit_blocks<F, T>(row + k, groups, enlarge, scales, steps);
+    for (int64_t g = 0; g < groups; g++) {
+      float* x = row + k + g * F::kGroup;
+      encode_block<F, T>(x, scales[g], steps[g], enlarge, q);
+      const float s = F::Scale::decode(scales[g]);
+      for (int i = 0; i < F::kGroup; i++) x[i] = F::Code::decode(q[i]) * s;
+    }
+  }
 }
-
-constexpr int64_t kPiece = 2048;  // elements decoded or widened at a time, whole groups
 
 // Elements [k0, k1) of a stored row as float32, k1 - k0 at most kPiece.
 template <class F>

@@ -16,10 +16,11 @@ struct Mxfp4 {
   // q: the group's largest magnitude over 6, rounded to the dtype of w.
   static LOWBIT_FN uint32 fit(float q, float) { return E8m0::encode_up(q); }
 
-  // What an element's code is chosen for: w over the scale, exactly.
+  // What an element's code is chosen for: w over the scale, exactly, as a product with its inverse.
+  static LOWBIT_FN float step(uint32 scale) { return from_bits((254u - scale) << 23); }
   template <class Round>
-  static LOWBIT_FN float normalize(float w, uint32 scale, float, Round) {
-    return w * from_bits((254u - scale) << 23);
+  static LOWBIT_FN float normalize(float w, float step, float, Round) {
+    return w * step;
   }
 };
 

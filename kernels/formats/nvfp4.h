@@ -21,12 +21,13 @@ struct Nvfp4 {
   // the global scale, or 1.
   static LOWBIT_FN uint32 fit(float q, float enlarge) { return E4m3::encode(q * enlarge); }
 
-  // What an element's code is chosen for. The quotient is rounded to the dtype of w before it is
-  // enlarged: MLX's order, which other orders differ from near ties.
+  // What an element's code is chosen for: w over the scale. The quotient is rounded to the dtype
+  // of w before it is enlarged: MLX's order, which other orders differ from near ties.
+  static LOWBIT_FN float step(uint32 scale) { return E4m3::decode(scale); }
   template <class Round>
-  static LOWBIT_FN float normalize(float w, uint32 scale, float enlarge, Round round) {
-    const float quotient = round(w / E4m3::decode(scale)) * enlarge;
-    return scale == 0u ? 0.0f : quotient;
+  static LOWBIT_FN float normalize(float w, float step, float enlarge, Round round) {
+    const float quotient = round(w / step) * enlarge;
+    return step == 0.0f ? 0.0f : quotient;
   }
 };
 

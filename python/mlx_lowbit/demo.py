@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from textwrap import indent
 from typing import Any
 
@@ -55,6 +56,7 @@ class Workload:
     prompt_tokens: int = 16
     tokens_before: int = 4
     tokens_after: int = 64
+    repeats_after: int = 3
     windows: int = 48
     context: int = 256
     sample_tokens: int = 96
@@ -164,21 +166,24 @@ def measure_speed(
         before = measure.generate(model, tokenizer, prompt, work.tokens_before)
         caches = mlx_lowbit.accelerate(model).cache_bytes
         # A one-time cost is milliseconds: nothing beside a prompt before, much beside one after.
-        after = measure.generate(
-            model, tokenizer, prompt, work.tokens_after, warm_up=work.prompt_tokens
-        )
+        runs = [
+            measure.generate(
+                model, tokenizer, prompt, work.tokens_after, warm_up=work.prompt_tokens
+            )
+            for _ in range(work.repeats_after)
+        ]
     error_before, _ = measure.logit_difference(weights, config, prompt, before, work.tokens_before)
     error_after, largest = measure.logit_difference(
-        weights, config, prompt, after, work.tokens_before
+        weights, config, prompt, runs[0], work.tokens_before
     )
     return {
         "format": _name(case),
         "bits_per_weight": float(bits),
         "memory_megabytes": (size + caches) / 1e6,
         "prompt_tps_before": before.prompt_tps,
-        "prompt_tps_after": after.prompt_tps,
+        "prompt_tps_after": median(run.prompt_tps for run in runs),
         "generation_tps_before": before.generation_tps,
-        "generation_tps_after": after.generation_tps,
+        "generation_tps_after": median(run.generation_tps for run in runs),
         "logit_difference_before": error_before,
         "logit_difference_after": error_after,
         "largest_logit": largest,
@@ -245,9 +250,10 @@ _NOTES = """
 Before: MLX's own layers. After: mlx_lowbit.accelerate(model). Generation is by
 mlx_lm.stream_generate, with a Llama of {work.layers} layers, hidden size {work.hidden_size},
 random weights and bfloat16 activations that mlx-lm saved and loaded, after a prompt of
-{work.prompt_tokens} tokens. Logit difference: to the same stored weights decoded and run in
-float64, where the largest logit is {largest:.2f}. Perplexity: the small trained model, accelerated,
-on {work.windows} x {work.context} bytes of Python sources that it has not seen.
+{work.prompt_tokens} tokens; rates after are medians of {work.repeats_after} runs. Logit difference:
+to the same stored weights decoded and run in float64, where the largest logit is {largest:.2f}.
+Perplexity: the small trained model, accelerated, on {work.windows} x {work.context} bytes of
+Python sources that it has not seen.
 
 What it writes after {prompt!r}, at temperature {temperature}:"""
 
