@@ -1,6 +1,6 @@
 """Trains the model of ``mlx_lowbit.demo_model`` with torch: a Llama-shaped model over bytes.
 
-    python benchmarks/train_demo_model.py --out python/mlx_lowbit/demo_model
+    python benchmarks/train_demo_model.py
 
 The text is the source of this interpreter's standard library, less the files that
 ``demo_model.is_held_out`` names. Matrices are trained with Muon, the embedding and the norms with
@@ -57,7 +57,10 @@ CONFIG_KEYS = (
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="directory for the model and its tokenizer"
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent / "demo_model",
+        help="directory for the model and its tokenizer (default: benchmarks/demo_model)",
     )
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--tokens-per-step", type=int, default=4096)

@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-
 import oracle
 import strategies
 from mlx_lowbit import ops
@@ -40,8 +39,12 @@ def check_exact(fmt: Any, dtype: mx.Dtype, M: int, N: int, K: int, seed: int = 0
     w = strategies.exact_weight(rng, fmt, N, K, dtype)
     bias = rng.integers(-64, 65, N).astype(np.float32).astype(oracle.NUMPY_DTYPE[dtype])
     global_scale = 2688.0 * 2.0 ** rng.integers(-3, 4) if fmt.mode == "nvfp4" and N % 2 else None
-    y = ops.quantized_matmul(oracle.to_mlx(x), *strategies.weight_arrays(w), **strategies.format_keywords(fmt),
-                             **strategies.optional(bias=bias, global_scale=global_scale))  # fmt: skip
+    y = ops.quantized_matmul(
+        oracle.to_mlx(x),
+        *strategies.weight_arrays(w),
+        **strategies.format_keywords(fmt),
+        **strategies.optional(bias=bias, global_scale=global_scale),
+    )
     assert y.shape == (M, N) and y.dtype == dtype
     want = oracle.f64(x) @ oracle.decode(fmt, w, global_scale).T + oracle.f64(bias)
     try:
@@ -55,18 +58,28 @@ def rows_of(w: Weight, rows: Any) -> Weight:
     return Weight(*(None if a is None else a[rows] for a in w))
 
 
-def permute_groups(fmt: Any, x: np.ndarray, w: Weight, order: np.ndarray) -> tuple[np.ndarray, Weight]:
+def permute_groups(
+    fmt: Any, x: np.ndarray, w: Weight, order: np.ndarray
+) -> tuple[np.ndarray, Weight]:
     """Both operands with their groups along K in another order; the product stays the same."""
+
     def permuted(a: np.ndarray) -> np.ndarray:
         return a.reshape(*a.shape[:-1], len(order), -1)[..., order, :].reshape(a.shape)
 
     return permuted(x), Weight(*(None if a is None else permuted(a) for a in w))
 
 
-def untransposed(fmt: Any, x: np.ndarray, w: Weight, layout: str = "contiguous", **more: Any) -> mx.array:
+def untransposed(
+    fmt: Any, x: np.ndarray, w: Weight, layout: str = "contiguous", **more: Any
+) -> mx.array:
     """x [M, K] @ w [K, N], the stored rows of w being K."""
-    return ops.quantized_matmul(strategies.lay_out(x, layout), *strategies.weight_arrays(w, layout),
-                                transpose=False, **strategies.format_keywords(fmt), **more)  # fmt: skip
+    return ops.quantized_matmul(
+        strategies.lay_out(x, layout),
+        *strategies.weight_arrays(w, layout),
+        transpose=False,
+        **strategies.format_keywords(fmt),
+        **more,
+    )
 
 
 def check_exact_untransposed(fmt: Any, dtype: mx.Dtype, M: int, N: int, K: int) -> None:
@@ -80,7 +93,9 @@ def check_exact_untransposed(fmt: Any, dtype: mx.Dtype, M: int, N: int, K: int) 
     oracle.assert_equal(y, oracle.f64(x) @ oracle.decode(fmt, w) + oracle.f64(bias))
 
 
-def check_untransposed(fmt: Any, dtype: mx.Dtype, M: int, N: int, K: int, layout: str, seed: int) -> None:
+def check_untransposed(
+    fmt: Any, dtype: mx.Dtype, M: int, N: int, K: int, layout: str, seed: int
+) -> None:
     """`check_random` for transpose=False."""
     rng = np.random.default_rng(seed)
     x = strategies.activations(rng, (M, K), dtype)

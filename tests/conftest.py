@@ -1,13 +1,13 @@
 """Options, hypothesis profiles, and the parameters every test takes from the format registry.
 
-    pytest tests --profile ci|dev|nightly   how many examples (or MLX_LOWBIT_TEST_PROFILE; default ci)
+    pytest tests --profile ci|dev|nightly   how many examples (or MLX_LOWBIT_TEST_PROFILE)
     pytest tests --seed N                   repeats a run; the seed is printed in the header
     pytest tests --target NAME              forces one instruction set (or MLX_LOWBIT_TARGET)
 
-A test that names `fmt` runs once for every format, one that names `affine_fmt`, `scaled_fmt` (a scale
-byte a group), `fp4_fmt`, `mx_fmt`, `nv_fmt`, `qq_fmt` (activations too) or `judged_fmt` for those, and
-one that names `dtype` for every dtype. Outputs are filled with NaN before a kernel runs (MLX_LOWBIT_POISON), so what a kernel
-forgets to write is seen.
+A test that names `fmt` runs once for every format; `affine_fmt`, `scaled_fmt` (a scale byte a
+group), `fp4_fmt`, `mx_fmt`, `nv_fmt`, `qq_fmt` (quantized activations) and `judged_fmt` are parts of
+them, and `dtype` is every dtype. Outputs are filled with NaN before a kernel runs (MLX_LOWBIT_POISON), so
+that what a kernel forgets to write is seen.
 """
 
 from __future__ import annotations
@@ -20,26 +20,38 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# The oracle's products are small: numpy's BLAS threads would only contend with the kernels under test.
+# The oracle's products are small: threads of numpy's BLAS would only contend with the kernels.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies, harness
 
 for name, examples in (("ci", 6), ("dev", 25), ("nightly", 400)):
     hypothesis.settings.register_profile(
-        name, max_examples=examples, deadline=None, database=None, print_blob=True,
-        suppress_health_check=[hypothesis.HealthCheck.too_slow,
-                               hypothesis.HealthCheck.function_scoped_fixture,
-                               hypothesis.HealthCheck.differing_executors],
-    )  # fmt: skip
+        name,
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[
+            hypothesis.HealthCheck.too_slow,
+            hypothesis.HealthCheck.function_scoped_fixture,
+            hypothesis.HealthCheck.differing_executors,
+        ],
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mlx-lowbit")
-    group.addoption("--profile", choices=["ci", "dev", "nightly"],
-                    default=os.environ.get("MLX_LOWBIT_TEST_PROFILE", "ci"))  # fmt: skip
+    group.addoption(
+        "--profile",
+        choices=["ci", "dev", "nightly"],
+        default=os.environ.get("MLX_LOWBIT_TEST_PROFILE", "ci"),
+    )
     group.addoption("--seed", type=int, default=None, help="seed of hypothesis and of `rng`")
-    group.addoption("--target", default=os.environ.get("MLX_LOWBIT_TARGET"),
-                    help="instruction set to force, one of mlx_lowbit._ext.targets()")  # fmt: skip
+    group.addoption(
+        "--target",
+        default=os.environ.get("MLX_LOWBIT_TARGET"),
+        help="instruction set to force, one of mlx_lowbit._ext.targets()",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,13 +76,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     asked = config.getoption("--target")
     if asked and _ext.target() != asked:
         raise pytest.UsageError(f"--target {asked}: not one of {', '.join(_ext.targets())}")
-    return (f"mlx-lowbit: profile {config.getoption('--profile')}, --seed {config.stash[SEED]}, "
-            f"target {_ext.target()} of {', '.join(_ext.targets())}")  # fmt: skip
+    return (
+        f"mlx-lowbit: profile {config.getoption('--profile')}, --seed {config.stash[SEED]}, "
+        f"target {_ext.target()} of {', '.join(_ext.targets())}"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     import mlx.core as mx
-
     from mlx_lowbit.formats import FORMATS
     from strategies import QQ_MODES
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-
 import oracle
 
 ROWS = 48
@@ -42,10 +41,15 @@ def raw(rng: np.random.Generator, K: int, dtype: mx.Dtype) -> Iterator[tuple[str
     yield "all_negative_zero", np.full((4, K), -0.0)
     yield "subnormal", normal * np.exp2(rng.integers(low, low + 30, each_row))
     yield "huge", normal * np.exp2(rng.integers(5, high, each_row))
-    yield "both_edges_equal", rng.choice([-1.0, 1.0, 0.25], shape) * np.exp2(rng.integers(-3, 4, each_row))
+    yield (
+        "both_edges_equal",
+        rng.choice([-1.0, 1.0, 0.25], shape) * np.exp2(rng.integers(-3, 4, each_row)),
+    )
 
 
-def corpora(rng: np.random.Generator, fmt: Any, dtype: mx.Dtype) -> Iterator[tuple[str, np.ndarray]]:
+def corpora(
+    rng: np.random.Generator, fmt: Any, dtype: mx.Dtype
+) -> Iterator[tuple[str, np.ndarray]]:
     """Name and array [rows, K] in `dtype`, all finite, K two groups (four of nvfp4)."""
     K = max(64, 2 * fmt.group_size)
     storage = oracle.NUMPY_DTYPE[dtype]
@@ -60,13 +64,16 @@ def corpora(rng: np.random.Generator, fmt: Any, dtype: mx.Dtype) -> Iterator[tup
 def neighbours(rng: np.random.Generator, a: np.ndarray, steps: int) -> np.ndarray:
     """`a` moved by up to `steps` representable values; signs and zeros are kept."""
     pattern = oracle.bits_of(a).astype(np.int64)
-    moved = np.where((pattern & ~(1 << (8 * a.itemsize - 1))) > steps,
-                     pattern + rng.integers(-steps, steps + 1, a.shape), pattern)  # fmt: skip
+    moved = np.where(
+        (pattern & ~(1 << (8 * a.itemsize - 1))) > steps,
+        pattern + rng.integers(-steps, steps + 1, a.shape),
+        pattern,
+    )
     return moved.astype(oracle.bits_of(a).dtype).view(a.dtype)
 
 
 def scale_boundaries(rng: np.random.Generator, fmt: Any, K: int, storage: np.dtype) -> np.ndarray:
-    """Groups whose largest magnitude is a few units of storage away from where the scale changes."""
+    """Groups whose largest magnitude is a few units away from where the scale changes."""
     shape = (ROWS, K)
     low = -8 if storage.itemsize == 2 and storage == np.float16 else -60
     if fmt.mode == "affine":
@@ -94,5 +101,7 @@ def element_boundaries(rng: np.random.Generator, fmt: Any, K: int, storage: np.d
     middles = rng.choice((values[1:] + values[:-1]) / 2, w.shape) * scale
     moved = neighbours(rng, middles.astype(np.float32).astype(storage), 2)
     peak = np.repeat(np.abs(w[:, :: fmt.group_size]), fmt.group_size, -1)
-    keep = (np.abs(moved.astype(np.float64)) <= peak.astype(np.float64)) & (np.arange(K) % fmt.group_size != 0)
+    keep = (np.abs(moved.astype(np.float64)) <= peak.astype(np.float64)) & (
+        np.arange(K) % fmt.group_size != 0
+    )
     return np.where(keep, moved, w)

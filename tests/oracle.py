@@ -1,4 +1,4 @@
-"""The reference every numeric test compares with: numpy and ml_dtypes, float64, from the packed bits.
+"""The reference of every numeric test: numpy and ml_dtypes, float64, from the packed bits.
 
 Nothing here calls MLX's quantized ops or reads `kernels/formats`; a fault in the shared decode
 therefore cannot hide in the reference. A format is anything with `mode`, `bits` and `group_size`.
@@ -20,9 +20,14 @@ E4M3 = ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 NVFP4_RANGE = 448.0 * 6.0
-NUMPY_DTYPE = {mx.float32: np.dtype(np.float32), mx.float16: np.dtype(np.float16),
-               mx.bfloat16: np.dtype(BF16), mx.uint32: np.dtype(np.uint32),
-               mx.uint8: np.dtype(np.uint8), mx.int32: np.dtype(np.int32)}  # fmt: skip
+NUMPY_DTYPE = {
+    mx.float32: np.dtype(np.float32),
+    mx.float16: np.dtype(np.float16),
+    mx.bfloat16: np.dtype(BF16),
+    mx.uint32: np.dtype(np.uint32),
+    mx.uint8: np.dtype(np.uint8),
+    mx.int32: np.dtype(np.int32),
+}
 MLX_DTYPE = {v: k for k, v in NUMPY_DTYPE.items()}
 
 # Unit roundoff of each dtype, and of a weight that a kernel may round to x's dtype first.
@@ -32,7 +37,7 @@ UNDERFLOW = {mx.float32: 2.0**-150, mx.float16: 2.0**-25, mx.bfloat16: 2.0**-134
 
 
 class Weight(NamedTuple):
-    """A quantized weight as numpy arrays: words uint32 [..., N, K*bits/32], scales [..., N, K/g]."""
+    """A quantized weight as numpy arrays: words [..., N, K*bits/32], scales [..., N, K/g]."""
 
     words: np.ndarray
     scales: np.ndarray
@@ -178,9 +183,13 @@ def _encode_mx(fmt: Any, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encode_nvfp4(groups: np.ndarray, global_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Both quotients are rounded to w's dtype; the factor of global_scale comes after, in float32."""
+    """Both quotients are rounded to w's dtype; the factor of global_scale enters after that."""
     dtype = groups.dtype
-    factor = np.float32(1) if global_scale is None else np.float32(NVFP4_RANGE) / np.float32(global_scale)
+    factor = (
+        np.float32(1)
+        if global_scale is None
+        else np.float32(NVFP4_RANGE) / np.float32(global_scale)
+    )
     sixth = (np.abs(groups).max(-1) / np.array(6, dtype)).astype(dtype).astype(np.float32)
     octets = encode_e4m3(sixth * factor)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -217,8 +226,14 @@ class Product(NamedTuple):
     worst: np.ndarray
 
 
-def matmul(x: np.ndarray, w: np.ndarray, *, magnitude: np.ndarray | None = None,
-           bias: np.ndarray | None = None, transpose: bool = True) -> Product:  # fmt: skip
+def matmul(
+    x: np.ndarray,
+    w: np.ndarray,
+    *,
+    magnitude: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    transpose: bool = True,
+) -> Product:
     """x [..., M, K] @ w [..., N, K]^T (+ bias [N]) in float64, with its error measures."""
     x, w = f64(x), f64(w)
     big = np.abs(w) if magnitude is None else magnitude
@@ -239,22 +254,48 @@ def weight_magnitude(fmt: Any, w: Weight, global_scale: float | None = None) -> 
     return decode(fmt, Weight(w.words, np.abs(w.scales), np.abs(w.biases)))
 
 
-def quantized_matmul(fmt: Any, x: np.ndarray, w: Weight, *, bias: np.ndarray | None = None,
-                     transpose: bool = True, global_scale: float | None = None) -> Product:  # fmt: skip
+def quantized_matmul(
+    fmt: Any,
+    x: np.ndarray,
+    w: Weight,
+    *,
+    bias: np.ndarray | None = None,
+    transpose: bool = True,
+    global_scale: float | None = None,
+) -> Product:
     """x @ decode(w)^T, or x @ decode(w) where `transpose` is false."""
-    return matmul(x, decode(fmt, w, global_scale), bias=bias, transpose=transpose,
-                  magnitude=weight_magnitude(fmt, w, global_scale))  # fmt: skip
+    return matmul(
+        x,
+        decode(fmt, w, global_scale),
+        bias=bias,
+        transpose=transpose,
+        magnitude=weight_magnitude(fmt, w, global_scale),
+    )
 
 
-def qqmm(fmt: Any, x: np.ndarray, w: Weight, *, bias: np.ndarray | None = None,
-         global_scale_x: float | None = None, global_scale_w: float | None = None) -> Product:  # fmt: skip
+def qqmm(
+    fmt: Any,
+    x: np.ndarray,
+    w: Weight,
+    *,
+    bias: np.ndarray | None = None,
+    global_scale_x: float | None = None,
+    global_scale_w: float | None = None,
+) -> Product:
     """decode(encode(x)) @ decode(w)^T."""
     xq = decode(fmt, encode(fmt, x, global_scale_x), global_scale_x)
     return matmul(xq, decode(fmt, w, global_scale_w), bias=bias)
 
 
-def gather(x: np.ndarray, w: np.ndarray, lhs: np.ndarray, rhs: np.ndarray, *,
-           bias: np.ndarray | None = None, transpose: bool = True) -> Product:  # fmt: skip
+def gather(
+    x: np.ndarray,
+    w: np.ndarray,
+    lhs: np.ndarray,
+    rhs: np.ndarray,
+    *,
+    bias: np.ndarray | None = None,
+    transpose: bool = True,
+) -> Product:
     """x[lhs] @ w[rhs]^T (+ bias[rhs]) over flat indices of all but the last two dimensions."""
     xs = x.reshape(-1, *x.shape[-2:])[lhs]
     ws = w.reshape(-1, *w.shape[-2:])[rhs]
@@ -266,7 +307,7 @@ def gather(x: np.ndarray, w: np.ndarray, lhs: np.ndarray, rhs: np.ndarray, *,
 
 
 def tolerance(dtype: mx.Dtype, K: int) -> float:
-    """Bound on the relative Frobenius error: one output rounding, or float32 accumulation over K."""
+    """Bound on the relative Frobenius error: one rounding, or float32 accumulation over K."""
     if dtype == mx.float32:
         return 1e-6 * (max(K, 2048) / 2048) ** 0.5
     return ROUNDOFF[dtype]
@@ -289,21 +330,26 @@ def assert_close(y: mx.array, product: Product, K: int, *, dtype: mx.Dtype | Non
     if not finite.any():
         return
     error = np.where(finite, np.abs(np.where(finite, got, 0) - np.where(finite, want, 0)), 0)
-    assert np.isfinite(error).all(), f"not finite at {np.argwhere(~np.isfinite(error))[:4].tolist()}"
+    assert np.isfinite(error).all(), (
+        f"not finite at {np.argwhere(~np.isfinite(error))[:4].tolist()}"
+    )
     norm = max(np.linalg.norm(want[finite]), np.linalg.norm(product.rms[finite]))
     # The bound is on a root mean square, which n elements know to 1 / sqrt(2 n): four of those.
     bound = tolerance(dtype, K) * (1 + 4 / (2 * error.size) ** 0.5 if error.size < 4096 else 1)
     assert np.linalg.norm(error) <= bound * norm + UNDERFLOW[dtype] * error.size**0.5, (
         f"relative error {np.linalg.norm(error) / norm:.3g} > {bound:.3g}, "
-        f"worst at {np.unravel_index(error.argmax(), error.shape)}")  # fmt: skip
+        f"worst at {np.unravel_index(error.argmax(), error.shape)}"
+    )
     unit = ROUNDOFF[dtype]
     per_term = (K + 8) * 2.0**-24 + (0 if dtype == mx.float32 else unit / 2)
     limit = unit * np.abs(want) + per_term * product.worst + UNDERFLOW[dtype]
     over = finite & (error > limit)
     if over.any():
         at = tuple(np.argwhere(over)[0])
-        raise AssertionError(f"element {at}: {got[at]!r}, expected {want[at]!r} +- {limit[at]:.3g}; "
-                             f"{over.sum()} of {over.size} elements are out")  # fmt: skip
+        raise AssertionError(
+            f"element {at}: {got[at]!r}, expected {want[at]!r} +- {limit[at]:.3g}; "
+            f"{over.sum()} of {over.size} elements are out"
+        )
 
 
 def assert_equal(y: mx.array, want: np.ndarray) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from hypothesis import strategies as st
-
 import oracle
+from hypothesis import strategies as st
 from oracle import Weight
 
 QQ_MODES = ("mxfp8", "nvfp4")  # the modes that quantize activations
@@ -79,11 +78,14 @@ def random_codes(rng: np.random.Generator, fmt: Any, shape: tuple[int, ...]) -> 
     """Any code of the format, equally likely, except the two NaN codes of e4m3."""
     codes = rng.integers(0, 2**fmt.bits, shape, dtype=np.uint8)
     values = None if fmt.mode == "affine" else oracle.element_values(fmt)
-    return codes if values is None else np.where(np.isnan(values[codes]), 0x7E, codes).astype(np.uint8)
+    return (
+        codes if values is None else np.where(np.isnan(values[codes]), 0x7E, codes).astype(np.uint8)
+    )
 
 
-def random_weight(rng: np.random.Generator, fmt: Any, N: int, K: int, dtype: mx.Dtype,
-                  batch: tuple[int, ...] = ()) -> Weight:  # fmt: skip
+def random_weight(
+    rng: np.random.Generator, fmt: Any, N: int, K: int, dtype: mx.Dtype, batch: tuple[int, ...] = ()
+) -> Weight:
     """Random words, not only what quantize() makes; scales of either sign, some of them zero.
 
     Weights have about unit size, so that float16 products stay finite.
@@ -133,7 +135,9 @@ class Problem:
 
     def keywords(self) -> dict[str, Any]:
         """Format keywords, bias and global_scale as `mlx_lowbit.ops` takes them."""
-        return dict(**format_keywords(self.fmt), **optional(bias=self.bias, global_scale=self.global_scale))
+        return dict(
+            **format_keywords(self.fmt), **optional(bias=self.bias, global_scale=self.global_scale)
+        )
 
     def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
         """x, words, scales, biases as MLX arrays in the drawn layouts."""
@@ -141,8 +145,9 @@ class Problem:
 
     def product(self) -> oracle.Product:
         """The float64 reference."""
-        return oracle.quantized_matmul(self.fmt, self.x, self.w, bias=self.bias,
-                                       global_scale=self.global_scale)  # fmt: skip
+        return oracle.quantized_matmul(
+            self.fmt, self.x, self.w, bias=self.bias, global_scale=self.global_scale
+        )
 
 
 def format_keywords(fmt: Any) -> dict[str, Any]:
@@ -153,31 +158,47 @@ def format_keywords(fmt: Any) -> dict[str, Any]:
 def optional(**values: Any) -> dict[str, Any]:
     """The given values that are not None, as MLX arrays; floats become float32 scalars."""
     made = {k: v for k, v in values.items() if v is not None}
-    return {k: mx.array(v, mx.float32) if np.ndim(v) == 0 else oracle.to_mlx(v) for k, v in made.items()}
+    return {
+        k: mx.array(v, mx.float32) if np.ndim(v) == 0 else oracle.to_mlx(v) for k, v in made.items()
+    }
 
 
-def weight_arrays(w: Weight, layout: str = "contiguous") -> tuple[mx.array, mx.array, mx.array | None]:
+def weight_arrays(
+    w: Weight, layout: str = "contiguous"
+) -> tuple[mx.array, mx.array, mx.array | None]:
     """words, scales and biases (or None) as MLX arrays in one layout."""
-    return (lay_out(w.words, layout), lay_out(w.scales, layout),
-            None if w.biases is None else lay_out(w.biases, layout))  # fmt: skip
+    return (
+        lay_out(w.words, layout),
+        lay_out(w.scales, layout),
+        None if w.biases is None else lay_out(w.biases, layout),
+    )
 
 
 @st.composite
-def problems(draw: st.DrawFn, fmt: Any, dtype: mx.Dtype,
-             rows: st.SearchStrategy[int] = few_rows) -> Problem:  # fmt: skip
+def problems(
+    draw: st.DrawFn, fmt: Any, dtype: mx.Dtype, rows: st.SearchStrategy[int] = few_rows
+) -> Problem:
     """A product of `fmt` and `dtype` with M from `rows`."""
     return Problem(
-        fmt, dtype, draw(rows), draw(columns), draw(depths(fmt.group_size)), draw(seeds),
-        draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS)), draw(st.booleans()),
+        fmt,
+        dtype,
+        draw(rows),
+        draw(columns),
+        draw(depths(fmt.group_size)),
+        draw(seeds),
+        draw(st.sampled_from(LAYOUTS)),
+        draw(st.sampled_from(LAYOUTS)),
+        draw(st.booleans()),
         draw(st.one_of(st.none(), st.floats(0.5, 5000, width=32))) if fmt.mode == "nvfp4" else None,
-    )  # fmt: skip
+    )
 
 
 # --- exactly representable problems ---------------------------------------------------------
 
 
-def exact_weight(rng: np.random.Generator, fmt: Any, N: int, K: int, dtype: mx.Dtype,
-                 batch: tuple[int, ...] = ()) -> Weight:  # fmt: skip
+def exact_weight(
+    rng: np.random.Generator, fmt: Any, N: int, K: int, dtype: mx.Dtype, batch: tuple[int, ...] = ()
+) -> Weight:
     """A weight whose values have at most 8 significant bits, all multiples of 2^-6 below 2^9.
 
     Products with integers up to 4 in magnitude, and sums of up to 1024 of them, are then exact in
@@ -200,6 +221,8 @@ def exact_weight(rng: np.random.Generator, fmt: Any, N: int, K: int, dtype: mx.D
     return Weight(words, octets.astype(np.uint8))
 
 
-def exact_activations(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype) -> np.ndarray:
+def exact_activations(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype
+) -> np.ndarray:
     """Integers from -4 to 4."""
     return rng.integers(-4, 5, shape).astype(np.float32).astype(oracle.NUMPY_DTYPE[dtype])

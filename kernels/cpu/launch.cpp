@@ -4,6 +4,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../formats/nvfp4.h"
 #include "../host/backend.h"
 #include "kernels.h"
 #include "mlx/allocator.h"
@@ -43,8 +44,10 @@ ScaleType scale_type(const FormatInfo& f, const mx::array& scales) {
 }
 static_assert(int(ScaleType::bf16) == int(Dtype::bf16));
 
-float value_or(const std::optional<mx::array>& scalar, float otherwise) {
-  return scalar ? *scalar->data<float>() : otherwise;
+// Element i of an optional array that may hold a single value for all.
+float value_or(const std::optional<mx::array>& values, float otherwise, int64_t i = 0) {
+  if (!values) return otherwise;
+  return values->data<float>()[values->size() > 1 ? i : 0];
 }
 
 // `matrix` i of w and its scales.
@@ -67,10 +70,11 @@ Matrix matrix_of(const ProductKind& kind, const ProductInputs& in, int64_t i) {
   return m;
 }
 
-float alpha_of(const ProductKind& kind, const ProductInputs& in) {
+// What products with matrix i of w are multiplied by.
+float alpha_of(const ProductInputs& in, int64_t i) {
   float alpha = 1.0f;
-  if (kind.global_x) alpha *= value_or(in.global_x, 1.0f) / 2688.0f;
-  if (kind.global_w) alpha *= value_or(in.global_w, 1.0f) / 2688.0f;
+  if (in.global_x) alpha *= value_or(in.global_x, 1.0f) / Nvfp4::kGlobalMax;
+  if (in.global_w) alpha *= value_or(in.global_w, 1.0f, i) / Nvfp4::kGlobalMax;
   return alpha;
 }
 
@@ -125,6 +129,7 @@ void run_gather(const ProductKind& kind, const ProductInputs& in, Product p, con
     p.x.count = begin[size_t(e) + 1] - first;
     if (p.x.count == 0) continue;
     p.w = matrix_of(kind, in, e);
+    p.y.alpha = alpha_of(in, e);
     p.x.index = x_rows.data() + first;
     p.y.index = y_rows.data() + first;
     if (in.bias)
@@ -154,7 +159,7 @@ void execute(const ProductKind& kind, const ProductInputs& in, mx::array& out) {
          kind.quantize_x ? kind.format : Format::dense, value_or(in.global_x, 0.0f)};
   p.y = {out.data<void>(), dtype_of(out.dtype()), s.N, nullptr,
          in.bias ? in.bias->data<void>() : nullptr,
-         in.bias ? dtype_of(in.bias->dtype()) : Dtype::f32, alpha_of(kind, in)};
+         in.bias ? dtype_of(in.bias->dtype()) : Dtype::f32, alpha_of(in, 0)};
   const Lease lease;
   if (kind.gather) return run_gather(kind, in, p, lease.pool());
   p.w = matrix_of(kind, in, 0);
@@ -203,14 +208,13 @@ void launch_dequantize(Format format, const mx::array& w, const mx::array& scale
                        const std::optional<mx::array>& global_scale, mx::array& out,
                        mx::Stream stream) {
   allocate(out);
-  ProductKind kind{.format = format};
-  kind.global_w = global_scale.has_value();
+  const ProductKind kind{.format = format};
   ProductInputs in{out, w, scales, biases, {}, {}, global_scale, {}, {}};
   mx::cpu::get_command_encoder(stream).dispatch([kind, in = weak(in)]() mutable {
     Matrix m = matrix_of(kind, in, 0);
     m.rows = int64_t(in.w.size()) / in.w.shape(-1);
     const int64_t block = std::max<int64_t>(1, 16384 / m.columns);
-    const float alpha = alpha_of(kind, in);
+    const float alpha = alpha_of(in, 0);
     const int64_t row_bytes = m.columns * int64_t(in.x.itemsize());
     const Lease lease;
     parallel_for(lease.pool(), (m.rows + block - 1) / block, [&](int64_t i, int) {

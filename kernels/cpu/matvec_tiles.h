@@ -16,78 +16,31 @@
 
 #include "activations.h"
 #include "arena.h"
-#include "load.h"
+#include "exact.h"
 #include "simd_amx.h"
 
 LOWBIT_BEGIN
 
 template <class F>
-inline constexpr bool kTileFormat = F::Code::kBits == 8 || F::Code::kBits <= 5;
+inline constexpr bool kTileFormat = kHasExactCodes<typename F::Code>;
 
-// Codes in natural order as exact bfloat16, less the decoder's offset.
-template <class Code>
-struct ExactDecoder {
-  static constexpr bool kFolded = false;
-  static constexpr float kOffset = kCentre<Code>;
-  pairs table;
-  ExactDecoder() {
-    bf16 value[32];
-    for (uint32_t i = 0; i < 32; i++)
-      value[i] = from_float<bf16>(Code::decode(i & ((1u << Code::kBits) - 1)) - kOffset);
-    table = load_pairs(value);
-  }
-  // count: a multiple of 32, as it is whenever groups are
-  void row(const uint8_t* p, int64_t count, const float*, bf16* out) const {
-    for (int64_t k = 0; k < count; k += 32)
-      _mm512_storeu_si512(out + k,
-                          lookup32(table, windows16<Code::kBits>(p + k * Code::kBits / 8)));
-  }
-};
-
-template <class Code>
-  requires(Code::kBits == 8)
-struct ExactDecoder<Code> {
-  using Bytes = BytePairDecoder<Code>;
-  static constexpr bool kFolded = false;
-  static constexpr float kOffset = Bytes::kOffset;
-  Bytes bytes;
-  void row(const uint8_t* p, int64_t count, const float*, bf16* out) const {
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    for (int64_t k = 0; k < count; k += 64) {
-      const __mmask64 here = count - k < 64 ? 0xffffffffu : ~uint64_t(0);
-      const __m512i codes = _mm512_maskz_loadu_epi8(here, p + k);
-      const auto decoded = bytes.decode(_mm512_permutexvar_epi64(order, codes));
-      _mm512_storeu_si512(out + k, decoded.first);
-      if (count - k >= 64) _mm512_storeu_si512(out + k + 32, decoded.second);
-    }
-  }
-};
-
-// Codes times scales of groups of 16, exact in bfloat16. Even and odd elements are multiplied as
-// float32 and put back side by side; a last half of 32 is filled with zeros.
-struct FoldedDecoder {
-  static constexpr bool kFolded = true;
-  static constexpr float kOffset = 0.0f;
-  ExactDecoder<E2m1> codes;
-  void row(const uint8_t* p, int64_t count, const float* scale, bf16* out) const {
-    for (int64_t k = 0; k < count; k += 32) {
-      const __mmask32 here = count - k < 32 ? 0xff : 0xffff;
-      const __m512i packed = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(here, p + k / 2));
-      alignas(64) uint8_t copy[64];
-      _mm512_store_si512(copy, packed);
-      const pairs q = lookup32(codes.table, windows16<4>(copy));
-      const f32 s = _mm512_insertf32x8(splat(scale[k / 16]), _mm256_set1_ps(scale[k / 16 + 1]), 1);
-      const f32 even = mul(as_f32(shl<16>(q)), s);
-      const f32 odd = mul(as_f32(bit_and(q, splat_u(0xffff0000u))), s);
-      _mm512_storeu_si512(out + k, bit_or(shr<16>(as_u32(even)), as_u32(odd)));
-    }
-  }
-};
-
+// Codes for groups that fill tiles, folded weights for shorter ones.
 template <class F>
-struct TileDecoderOf { using type = ExactDecoder<typename F::Code>; };
-template <>
-struct TileDecoderOf<Nvfp4> { using type = FoldedDecoder; };
+struct TileDecoderOf {
+  struct type : ExactDecoder<typename F::Code> {
+    static constexpr bool kFolded = false;
+    void row(const uint8_t* p, int64_t count, const float*, bf16* out) const {
+      ExactDecoder<typename F::Code>::row(p, count, out);
+    }
+  };
+};
+template <class F>
+  requires(F::kGroup < 32)
+struct TileDecoderOf<F> {
+  struct type : FoldedDecoder<F> {
+    static constexpr bool kFolded = true;
+  };
+};
 
 template <class Decoder>
 struct TileMatvec {

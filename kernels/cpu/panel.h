@@ -1,8 +1,13 @@
 // Stored rows decoded in natural order into a panel of float32 or bfloat16.
 #pragma once
 
+#include <type_traits>
+
 #include "groups.h"
 #include "kernels_of.h"
+#if defined(__AVX512BF16__)
+#include "exact.h"
+#endif
 
 LOWBIT_BEGIN
 
@@ -92,9 +97,17 @@ using DecodeFn = void (*)(const cpu::Matrix&, int64_t row, int64_t k0, int64_t k
 template <class F, class Out>
 inline void decode_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1, float* room,
                       Out* out) {
-  static const NaturalDecoder<F> decoder;
   const int64_t count = (k1 - k0) / F::kGroup;
   const Groups groups{room, F::kHasBias ? room + Groups::padded(count) : nullptr};
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Out, bf16> && !F::kHasBias) {
+    static const FoldedDecoder<F> decoder;
+    groups.read(w, row, k0 / F::kGroup, count, 0.0f);
+    decoder.row(w.codes + row * w.row_bytes + k0 * F::kBits / 8, k1 - k0, room, out);
+    return;
+  }
+#endif
+  static const NaturalDecoder<F> decoder;
   groups.read(w, row, k0 / F::kGroup, count, kCentre<typename F::Code>);
   decode_row<true>(decoder, w, row, k0, k1, groups, [&](int64_t k, f32 v) { store_normal(out + k, v); });
 }

@@ -58,14 +58,18 @@ namespace {
 
 }  // namespace
 
-// Measured (2 vCPU, 4096x4096): see benchmarks/results for the runs behind these figures.
+// matvec_rows       largest M at which streaming codes through registers beats the alternatives
+// panel_bytes       a task's panel of decoded weights, with room in L2 for the packed x beside it
 //
-// matvec_rows       largest M at which streaming codes through registers beats decoding a panel
-// panel_bytes       a task's panel: half of L2, so that packed x passes through the other half
+// Measured 2026-11-22, K = N = 4096, 4-bit, g64, two threads, weights in L3, ms:
+//   Xeon with AMX, 2.6 GHz     M = 1 pairs 0.43, float32 lanes 0.40; M = 4 pairs 1.13, tiles 1.05;
+//                              M = 16 tiles 1.12, matmul 1.5; M = 64 tiles 3.3, matmul 2.4;
+//                              M = 512 panel 64 x 4096 12.2 to 18, 128 x 2048 11.7
+//   Zen 4, 3.6 GHz             M = 1 pairs 0.20, float32 lanes 0.35; M = 8 pairs 1.3, matmul 2.0
 const Target kTargets[] = {
 #if defined(__x86_64__)
     // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, pairs, tiles), panel
-    {"amx", has_amx, amx::kernels, Arithmetic::tiles, 8, 1, 64, 512 << 10, 128},
+    {"amx", has_amx, amx::kernels, Arithmetic::tiles, 4, 2, 32, 512 << 10, 128},
     {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 0, 512 << 10, 64},
     {"avx512", has_avx512, avx512::kernels, Arithmetic::f32, 8, 8, 0, 512 << 10, 64},
     {"avx2", has_avx2, avx2::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
@@ -76,7 +80,7 @@ const Target kTargets[] = {
     {"generic", always, generic::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
 #if defined(LOWBIT_EMULATED_TARGET)
     // Never chosen by itself: the tile kernels with tiles in plain C++, for tests.
-    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 8, 1, 64, 512 << 10, 128},
+    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 4, 2, 32, 512 << 10, 128},
 #endif
 };
 const int kTargetCount = int(sizeof(kTargets) / sizeof(kTargets[0]));
@@ -109,11 +113,6 @@ bool tiles_take(const Problem& p, const Target& t) {
          kFormats[int(p.format)].bits != 6 && p.M <= t.matvec_rows_tiles;
 }
 
-// Without tiles: as far as registers pay. With: tiles take over after the first row.
-int64_t matvec_rows_f32(const Problem& p, const Target& t) {
-  return tiles_take(p, t) ? t.matvec_rows_bf16 : t.matvec_rows;
-}
-
 }  // namespace
 
 Plan plan(const Problem& p, const Target& t) {
@@ -123,7 +122,7 @@ Plan plan(const Problem& p, const Target& t) {
   plan.arithmetic = exact_in_bf16 && bf16_weights && p.transpose ? t.bf16 : Arithmetic::f32;
   const bool bf16 = plan.arithmetic != Arithmetic::f32;
   plan.kernel = Plan::Kernel::matvec;
-  if (p.M <= (bf16 ? t.matvec_rows_bf16 : matvec_rows_f32(p, t)) && p.transpose) {
+  if (p.M <= (bf16 ? t.matvec_rows_bf16 : t.matvec_rows) && p.transpose) {
     if (bf16) plan.arithmetic = Arithmetic::bf16_pairs;
   } else if (tiles_take(p, t)) {
     plan.arithmetic = Arithmetic::tiles;

@@ -15,7 +15,7 @@ typedef int32_t s32 __attribute__((vector_size(32)));
 #endif
 
 LOWBIT_FN f32 zero() { return f32{}; }
-LOWBIT_FN f32 splat(float x) { return f32{} + x; }
+LOWBIT_FN f32 splat(float x) { return x - f32{}; }  // a sum with +0 would lose -0
 LOWBIT_FN u32 splat_u(uint32_t x) { return u32{} + x; }
 template <class V, class T> LOWBIT_FN V gather_lanes(const T* p) {
   V v;

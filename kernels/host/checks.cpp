@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 
 #include "mlx/ops.h"
@@ -19,6 +21,7 @@ void Checks::activations(const char* argument, const mx::array& x) const {
   if (!is_activation(x.dtype()))
     refuse(argument, " must be float32, float16 or bfloat16, got ", x.dtype());
   if (x.ndim() < 1) refuse(argument, " must have at least 1 dimension, got a scalar");
+  memory(argument, x.shape(), x.dtype());
 }
 
 std::pair<int, int> Checks::weights(const mx::array& w, const mx::array& scales,
@@ -31,6 +34,7 @@ std::pair<int, int> Checks::weights(const mx::array& w, const mx::array& scales,
   };
   if (w.dtype() != mx::uint32) refuse("w must be uint32 (packed codes), got ", w.dtype());
   if (w.ndim() < 2) refuse("w must have at least 2 dimensions, got shape ", w.shape());
+  memory("w", w.shape(), w.dtype());
   const int64_t bits = int64_t(w.shape(-1)) * 32, columns = bits / f.bits;
   if (bits % f.bits != 0 || columns % f.group_size != 0)
     refuse("w of shape ", w.shape(), " does not hold whole groups of ", what(), ": ", w.shape(-1),
@@ -69,13 +73,31 @@ void Checks::bias(const OptionalArray& bias, const mx::Shape& expected) const {
     refuse("bias must have shape ", expected, ", got ", bias->shape());
 }
 
-void Checks::global_scale(const char* argument, const OptionalArray& scale) const {
+void Checks::global_scale(const char* argument, const OptionalArray& scale,
+                          int64_t matrices) const {
   if (!scale) return;
   if (info().mode != "nvfp4")
     refuse(argument, " is only meaningful in mode nvfp4, got mode ", info().mode);
-  if (scale->dtype() != mx::float32 || scale->size() != 1)
-    refuse(argument, " must be one float32 value, got ", scale->dtype(), " of shape ",
+  const int64_t size = int64_t(scale->size());
+  if (scale->dtype() != mx::float32 || (size != 1 && size != matrices)) {
+    std::ostringstream expected;
+    expected << "one float32 value";
+    if (matrices > 1) expected << " or " << matrices << ", one for each matrix";
+    refuse(argument, " must be ", expected.str(), ", got ", scale->dtype(), " of shape ",
            scale->shape());
+  }
+}
+
+void Checks::memory(const char* what, const mx::Shape& shape, mx::Dtype dtype) const {
+  static const double available = [] {
+    const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGE_SIZE);
+    return pages > 0 && size > 0 ? double(pages) * double(size) : 1e18;
+  }();
+  double bytes = double(size_of(dtype));
+  for (int n : shape) bytes *= n;
+  if (bytes > available)
+    refuse(what, " of shape ", shape, " and dtype ", dtype, " would take ", bytes / 1e9,
+           " GB, more than this machine's memory");
 }
 
 void Checks::range(const char* argument, mx::array indices, int64_t end) const {

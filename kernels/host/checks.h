@@ -31,7 +31,10 @@ class Checks {
                               const OptionalArray& biases) const;
   void reduction(const mx::array& x, int expected) const;
   void bias(const OptionalArray& bias, const mx::Shape& expected) const;
-  void global_scale(const char* argument, const OptionalArray& scale) const;
+  // One value, or `matrices` of them: one for each.
+  void global_scale(const char* argument, const OptionalArray& scale, int64_t matrices = 1) const;
+  // No array larger than this machine's memory: allocating it would end the process.
+  void memory(const char* what, const mx::Shape& shape, mx::Dtype dtype) const;
   // `indices` in range, when MLX_LOWBIT_CHECK=1 (evaluates them).
   void range(const char* argument, mx::array indices, int64_t end) const;
 

@@ -77,6 +77,7 @@ array paired(ProductKind kind, const Checks& check, const array& x, const Weight
   mx::Shape out = lhs.shape();
   out.push_back(x.shape(-2));
   out.push_back(int(shape.N));
+  check.memory("the result", out, p.dtype);
   if (empty(out) || shape.K == 0) {
     if (bias) {
       // [pairs, N] rows of bias against [pairs, M, N].
@@ -121,14 +122,15 @@ array multiply(const Checks& check, ProductKind kind, const array& x, const arra
                    " do not broadcast");
     }
     // The fused bias of a gather is per matrix: here every matrix has the same one.
-    kind.bias = false;
-    const array y = paired(kind, check, x, p, all_indices(xs, all, s), all_indices(ws, all, s),
-                           std::nullopt, global_x, global_w, s);
-    return bias ? astype(add(y, *bias, s), p.dtype, s) : y;
+    const OptionalArray each =
+        bias ? OptionalArray(broadcast_to(*bias, {int(count(ws)), N}, s)) : std::nullopt;
+    return paired(kind, check, x, p, all_indices(xs, all, s), all_indices(ws, all, s), each,
+                  global_x, global_w, s);
   }
 
   mx::Shape out = x.shape();
   out.back() = N;
+  check.memory("the result", out, p.dtype);
   if (empty(out) || K == 0) return empty_product(out, p.dtype, bias, s);
   return Product::make(kind,
                        {dense_copy(astype(x, p.dtype, s), s), p.w, p.scales, p.biases,
@@ -172,7 +174,7 @@ array gather_qmm(const array& x, const array& w, const array& scales, const Opti
     check.bias(bias, expected);
   }
   check.global_scale(quantize_x ? "global_scale_x" : "global_scale", global_scale_x);
-  check.global_scale(quantize_x ? "global_scale_w" : "global_scale", global_scale_w);
+  check.global_scale(quantize_x ? "global_scale_w" : "global_scale", global_scale_w, count(ws));
 
   const auto indices = [&](const char* argument, const OptionalArray& given, const mx::Shape& of) {
     if (!given) return all_indices(of, of, s);
@@ -199,7 +201,7 @@ array gather_qmm(const array& x, const array& w, const array& scales, const Opti
   const OptionalArray flat_bias =
       bias ? OptionalArray(reshape(*bias, {int(count(ws)), N}, s)) : std::nullopt;
   return paired(kind, check, x, prepare(x, w, scales, biases, s), lhs, rhs, flat_bias,
-                global_scale_x, global_scale_w, s);
+                global_scale_x, dense_copy(global_scale_w, s), s);
 }
 
 array linear(const array& x, const array& w, const OptionalArray& bias, mx::StreamOrDevice s) {
@@ -212,6 +214,7 @@ array linear(const array& x, const array& w, const OptionalArray& bias, mx::Stre
   const mx::Dtype dtype = promote_types(x.dtype(), w.dtype());
   mx::Shape out = x.shape();
   out.back() = w.shape(0);
+  check.memory("the result", out, dtype);
   if (empty(out) || w.shape(1) == 0) return empty_product(out, dtype, bias, s);
   ProductKind kind{.format = Format::dense};
   kind.bias = bias.has_value();

@@ -32,7 +32,7 @@ struct ProductKind {
 //   w         [N, K packed]         gather: [..., N, K packed]; [K, N packed] without transpose
 //   scales    [..., rows of w, groups of a row], biases the same
 //   bias      [N]                   gather: [experts, N], by rhs
-//   global_x, global_w              float32, one element
+//   global_x, global_w        float32, one element; gather: global_w may have one a matrix of w
 //   lhs, rhs  int64 [I...], into the flattened leading dimensions of x and w
 struct ProductInputs {
   mx::array x, w;

@@ -51,7 +51,9 @@ array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy, 
     inputs.x = contiguous(dy, false, stream);
     return Product::make(back, inputs, stream);
   }
-  inputs.x = contiguous(reshape(dy, flat_pairs(s, s.N), stream), false, stream);
+  // float32, so that the sum over the pairs of a row is rounded once.
+  inputs.x = contiguous(reshape(astype(dy, mx::float32, stream), flat_pairs(s, s.N), stream),
+                        false, stream);
   inputs.lhs = mx::arange(0.0, double(s.pairs), 1.0, mx::int64, stream);
   inputs.rhs = reshape(*in.rhs, {int(s.pairs)}, stream);
   const array dx = Product::make(back, inputs, stream);  // [pairs, M, K]
@@ -59,7 +61,7 @@ array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy, 
                                 {reshape(*in.lhs, {int(s.pairs)}, stream)},
                                 reshape(dx, {int(s.pairs), 1, int(s.M), int(s.K)}, stream), {0},
                                 stream);
-  return reshape(sum, in.x.shape(), stream);
+  return reshape(astype(sum, in.x.dtype(), stream), in.x.shape(), stream);
 }
 
 // Gradient of the stored matrix, [matrices, rows, columns] float32; matrices is 1 without gather.

@@ -1,8 +1,8 @@
 """Fast low-bit layers for MLX: fused dequantize-matmul for the formats that MLX stores.
 
-    import mlx_lowbit
-    model, tokenizer = mlx_lm.load("...-4bit")
-    mlx_lowbit.accelerate(model)
+import mlx_lowbit
+model, tokenizer = mlx_lm.load("...-4bit")
+mlx_lowbit.accelerate(model)
 """
 
 from . import _load

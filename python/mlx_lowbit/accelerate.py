@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as mlx_nn
 
 from . import formats
+from .backend import missing_kernel
 from .nn import swap
 from .nn.layer import FLOATS, ORIGIN, LowbitLayer
 from .ops import ACTIVATION_MODES
@@ -181,10 +182,4 @@ def _obstacle(
         formats.get(mode=module.mode, bits=module.bits, group_size=module.group_size)
     except ValueError as error:
         return f"no kernel: {error}"
-    return _missing_kernel() if backend == "auto" else None
-
-
-def _missing_kernel() -> str | None:
-    """Why no format has a kernel for the default device, or None if every one has."""
-    device = mx.default_device()
-    return None if device.type == mx.cpu else f"no kernel for {device}: MLX's runs"
+    return missing_kernel() if backend == "auto" else None

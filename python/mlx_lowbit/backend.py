@@ -7,7 +7,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-__all__ = ["Backend", "get_backend", "reason_for_mlx", "set_backend"]
+__all__ = ["Backend", "get_backend", "missing_kernel", "reason_for_mlx", "set_backend"]
 
 Backend = Literal["auto", "lowbit", "mlx"]
 
@@ -44,6 +44,13 @@ def _on_gpu(stream) -> bool:
     return (stream.type if isinstance(stream, mx.Device) else stream) == mx.gpu
 
 
+def missing_kernel(stream=None, missing_format: str | None = None) -> str | None:
+    """Why there is no kernel of ours for a format or a stream, or None; announces nothing."""
+    if missing_format is not None:
+        return missing_format
+    return "this build has kernels for the CPU only" if _on_gpu(stream) else None
+
+
 def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> str | None:
     """Why `op` must run on MLX's own op, or None when a kernel of ours will run.
 
@@ -54,11 +61,8 @@ def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> s
     """
     if _backend == "mlx":
         return "set_backend('mlx') asks for it"
-    if missing_format is not None:
-        reason = missing_format
-    elif _on_gpu(stream):
-        reason = "this build has kernels for the CPU only"
-    else:
+    reason = missing_kernel(stream, missing_format)
+    if reason is None:
         return None
     if _backend == "lowbit":
         raise RuntimeError(f"[{op}] no kernel of mlx_lowbit: {reason}")

@@ -37,6 +37,11 @@ class Format:
         return self.mode == "affine"
 
     @property
+    def nan_scale(self) -> int | None:
+        """The scale byte of a group that holds a NaN or an infinity; None in mode affine (NaN)."""
+        return {"mxfp4": 0xFF, "mxfp8": 0xFF, "nvfp4": 0x7F}.get(self.mode)
+
+    @property
     def storage_bits(self) -> float:
         """Bits a weight, scales (and biases) included, with 16-bit affine scales."""
         return self.bits + (32 if self.has_biases else 8) / self.group_size
@@ -76,13 +81,14 @@ def get(mode: str = "affine", bits: int | None = None, group_size: int | None = 
     default_bits, default_group = _DEFAULTS.get(mode, (own[0].bits, own[0].group_size))
     bits = default_bits if bits is None else bits
     group_size = default_group if group_size is None else group_size
-    found = _BY_KEY.get((mode, bits, group_size))
-    if found is not None and not isinstance(bits, bool):
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (bits, group_size))
+    found = _BY_KEY.get((mode, bits, group_size)) if whole else None
+    if found is not None:
         return found
     if group_size not in {f.group_size for f in own}:
         groups = _choices(f.group_size for f in own)
         raise ValueError(f"group_size must be one of {groups} in mode {mode}, got {group_size!r}")
-    kind = MissingFormatError if (mode, bits) in _MLX_ONLY else ValueError
+    kind = MissingFormatError if whole and (mode, bits) in _MLX_ONLY else ValueError
     raise kind(f"bits must be one of {_choices(f.bits for f in own)} in mode {mode}, got {bits!r}")
 
 

@@ -55,16 +55,28 @@ def _activation_format(op: str, mode: str, bits: int | None, group_size: int | N
         raise ValueError(f"[{op}] {error}") from None
 
 
-def _refuse_nonfinite(w: mx.array) -> None:
-    finite = mx.isfinite(w)
-    if w.size == 0 or mx.all(finite).item():
+def _both_or_neither(op: str, x: mx.array | None, w: mx.array | None) -> None:
+    if (x is None) != (w is None):
+        given, missing = ("x", "w") if w is None else ("w", "x")
+        raise ValueError(
+            f"[{op}] global_scale_x and global_scale_w come together: "
+            f"global_scale_{given} was given, global_scale_{missing} is None"
+        )
+
+
+def _refuse_nonfinite(w: mx.array, scales: mx.array, fmt: Format) -> None:
+    """Raises if a group of `w` was NaN or infinite, as its scale tells."""
+    marked = mx.isnan(scales) if fmt.has_biases else scales == fmt.nan_scale
+    if w.size == 0 or not mx.any(marked).item():
         return
-    flat = int(mx.argmin(finite.reshape(-1)).item())
+    flat = int(mx.argmin(mx.isfinite(w).reshape(-1)).item())
     index: list[int] = []
     for size in reversed(w.shape):
         flat, at = divmod(flat, size)
         index.insert(0, at)
     value = w[tuple(index)].item()
+    if mx.isfinite(mx.array(value)).item():
+        return  # finite, but its group's range is not: (highest - lowest) overflows
     raise ValueError(
         f"[quantize] w must be finite, got {value} first at index {tuple(index)}; "
         "nan_policy='propagate' makes such groups NaN instead"
@@ -99,13 +111,16 @@ def quantize(
         ValueError: an argument that does not fit, named with what was expected and got.
     """
     if nan_policy not in ("raise", "propagate"):
-        raise ValueError(f"[quantize] nan_policy must be 'raise' or 'propagate', got {nan_policy!r}")
+        raise ValueError(
+            f"[quantize] nan_policy must be 'raise' or 'propagate', got {nan_policy!r}"
+        )
     fmt, reason = _choose("quantize", mode, bits, group_size, stream)
-    if nan_policy == "raise" and mx.issubdtype(w.dtype, mx.floating):
-        _refuse_nonfinite(w)
     if reason is not None:
-        return _fallback.quantize(w, mode, bits, group_size, global_scale, stream)
-    return _ext.quantize(w, fmt.id, global_scale, stream)
+        return _fallback.quantize(w, mode, bits, group_size, global_scale, nan_policy, stream)
+    parts = _ext.quantize(w, fmt.id, global_scale, stream)
+    if nan_policy == "raise":
+        _refuse_nonfinite(w, parts[1], fmt)
+    return parts
 
 
 def dequantize(
@@ -219,6 +234,7 @@ def qqmm(
         ValueError: any other mode, or an argument that does not fit.
     """
     fmt = _activation_format("qqmm", mode, bits, group_size)
+    _both_or_neither("qqmm", global_scale_x, global_scale_w)
     if reason_for_mlx("qqmm", stream) is not None:
         return _fallback.qqmm(x, w, scales, bias, fmt, global_scale_x, global_scale_w, stream)
     return _ext.qqmm(x, w, scales, bias, fmt.id, global_scale_x, global_scale_w, stream)
@@ -301,10 +317,12 @@ def gather_qqmm(
         ValueError: any other mode, or an argument that does not fit.
     """
     fmt = _activation_format("gather_qqmm", mode, bits, group_size)
+    _both_or_neither("gather_qqmm", global_scale_x, global_scale_w)
     if reason_for_mlx("gather_qqmm", stream) is not None:
         return _fallback.gather_qqmm(
-            x, w, scales, lhs_indices, rhs_indices, bias, sorted_indices, fmt, stream
-        )
+            x, w, scales, lhs_indices, rhs_indices, bias, sorted_indices, fmt,
+            global_scale_x, global_scale_w, stream,
+        )  # fmt: skip
     return _ext.gather_qmm(
         x, w, scales, None, lhs_indices, rhs_indices, bias, True, True, fmt.id,
         global_scale_x, global_scale_w, stream,

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-
 import oracle
 import strategies
 from corpora import corpora
@@ -32,8 +31,11 @@ class Groups(NamedTuple):
 
 def quantized_groups(fmt: Any, w: np.ndarray) -> Groups:
     words, scales, biases = ops.quantize(oracle.to_mlx(w), **strategies.format_keywords(fmt))
-    q = oracle.Weight(np.array(words), oracle.to_numpy(scales),
-                      None if biases is None else oracle.to_numpy(biases))  # fmt: skip
+    q = oracle.Weight(
+        np.array(words),
+        oracle.to_numpy(scales),
+        None if biases is None else oracle.to_numpy(biases),
+    )
     x = oracle.f64(w).reshape(-1, fmt.group_size)
     octets = q.scales.reshape(-1)
     scale = oracle.f64(octets) if fmt.has_biases else oracle.scale_values(fmt)[octets]
@@ -53,7 +55,9 @@ def test_affine_error_and_scale(affine_fmt, dtype, rng):
         s0 = np.maximum((g.x.max(-1) - g.x.min(-1)) / steps, 1e-7)
         stored = 0 if dtype == mx.float32 else oracle.ROUNDOFF[dtype]
         smallest = 2.0**-25 if dtype == mx.float16 else 0  # half a subnormal step of the scale
-        slack = 4 * 2.0**-23 * g.amax + stored * (steps * np.abs(g.scale) + g.amax) + smallest * steps
+        slack = (
+            4 * 2.0**-23 * g.amax + stored * (steps * np.abs(g.scale) + g.amax) + smallest * steps
+        )
         limit = np.maximum(np.abs(g.scale) / 2, s0 * (1 - width)) + slack
         assert (g.error <= limit[:, None]).all(), (name, (g.error - limit[:, None]).max())
         wide = (s0 > 1e-7) & (np.abs(g.scale) > 2.0**-14)
@@ -99,7 +103,9 @@ def test_nvfp4_error(rng):
         x = np.abs(g.x) / scale
         limit = scale * np.where(x > 6, x - 6 + 1e-6, fp4_step(x) * (1 + 1e-6))
         assert (g.error <= limit)[normal].all(), name
-        assert (np.abs(g.scale - g.amax / 6) <= np.maximum(g.scale, g.amax / 6) / 16)[normal].all(), name
+        assert (np.abs(g.scale - g.amax / 6) <= np.maximum(g.scale, g.amax / 6) / 16)[
+            normal
+        ].all(), name
         # One step of S at |x| = 5 S, in a group whose amax of 5.625 S was rounded up to 6 S.
         assert (g.error <= g.amax[:, None] / 5.625 * (1 + 1e-6))[normal].all(), name
         flushed = g.octets == 0
@@ -121,10 +127,23 @@ def test_nvfp4_global_scale_reaches_small_tensors(nv_fmt, dtype, rng):
 
 def test_known_quality(rng):
     """Relative rms error on N(0, 1), against the values published with the formats (10 % wide)."""
-    known = {"affine2_g64": 0.394, "affine3_g32": 0.171, "affine3_g64": 0.190, "affine3_g128": 0.207,
-             "affine4_g32": 0.081, "affine4_g64": 0.091, "affine4_g128": 0.100, "affine5_g64": 0.044,
-             "affine6_g64": 0.0217, "affine8_g32": 0.0048, "affine8_g64": 0.0054,
-             "affine8_g128": 0.0060, "mxfp4": 0.115, "nvfp4": 0.095, "mxfp8": 0.0265}  # fmt: skip
+    known = {
+        "affine2_g64": 0.394,
+        "affine3_g32": 0.171,
+        "affine3_g64": 0.190,
+        "affine3_g128": 0.207,
+        "affine4_g32": 0.081,
+        "affine4_g64": 0.091,
+        "affine4_g128": 0.100,
+        "affine5_g64": 0.044,
+        "affine6_g64": 0.0217,
+        "affine8_g32": 0.0048,
+        "affine8_g64": 0.0054,
+        "affine8_g128": 0.0060,
+        "mxfp4": 0.115,
+        "nvfp4": 0.095,
+        "mxfp8": 0.0265,
+    }
     w = rng.standard_normal((256, 512)).astype(np.float32)
     for fmt in formats.FORMATS:
         if fmt.name in known:

@@ -6,12 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import oracle
 import pytest
+import strategies
 from hypothesis import given
 from hypothesis import strategies as st
-
-import oracle
-import strategies
 from mlx_lowbit import ops
 from oracle import Weight
 
@@ -46,11 +45,15 @@ def test_every_code_of_affine(affine_fmt, dtype):
     exponents = range(-8, 4)
     codes = every_code(affine_fmt, 2 * len(exponents))
     scales = np.array([s * 2.0**e for e in exponents for s in (1, -1)])
-    biases = -scales * np.resize([0, 1, 2**affine_fmt.bits - 1, 2 ** (affine_fmt.bits - 1)], scales.shape)
+    biases = -scales * np.resize(
+        [0, 1, 2**affine_fmt.bits - 1, 2 ** (affine_fmt.bits - 1)], scales.shape
+    )
     groups = codes.shape[1] // affine_fmt.group_size
     storage = oracle.NUMPY_DTYPE[dtype]
-    w = Weight(oracle.pack(codes, affine_fmt.bits), *(np.repeat(a[:, None], groups, 1).astype(storage)
-                                                      for a in (scales, biases)))  # fmt: skip
+    w = Weight(
+        oracle.pack(codes, affine_fmt.bits),
+        *(np.repeat(a[:, None], groups, 1).astype(storage) for a in (scales, biases)),
+    )
     for out in (None, mx.float32, mx.float16, mx.bfloat16):
         y = dequantize(affine_fmt, w, dtype=out)
         assert y.dtype == (out or dtype)
@@ -62,7 +65,11 @@ def affine_slack(w: Weight, fmt: Any, dtype: mx.Dtype, want: np.ndarray) -> np.n
     product = np.abs(oracle.decode(fmt, Weight(w.words, w.scales, np.zeros_like(w.biases))))
     storage = oracle.ROUNDOFF[oracle.MLX_DTYPE[w.scales.dtype]]
     tiny = float(np.finfo(np.float16).smallest_subnormal)
-    return storage * (product + np.abs(want)) * 1.01 + oracle.ROUNDOFF[dtype] * np.abs(want) * 1.01 + tiny
+    return (
+        storage * (product + np.abs(want)) * 1.01
+        + oracle.ROUNDOFF[dtype] * np.abs(want) * 1.01
+        + tiny
+    )
 
 
 @given(data=st.data())
@@ -107,9 +114,11 @@ def test_global_scale(nv_fmt, dtype, scale):
 def test_non_finite_scale_stays_in_its_group(affine_fmt, dtype, poison):
     """A NaN or infinite scale or bias spoils its own group, all of it, and no other.
 
-    Which of NaN and infinity comes out is not promised: s * q + b may be computed as s * (q - z) + b.
+    Which of NaN and infinity comes out is not promised: s * q + b may be taken apart.
     """
-    w = strategies.random_weight(np.random.default_rng(4), affine_fmt, 4, 3 * affine_fmt.group_size, dtype)
+    w = strategies.random_weight(
+        np.random.default_rng(4), affine_fmt, 4, 3 * affine_fmt.group_size, dtype
+    )
     w.scales[1, 1] = poison
     w.biases[2, 0] = poison
     got = oracle.f64(dequantize(affine_fmt, w, dtype=mx.float32))
@@ -125,6 +134,8 @@ def test_empty(fmt, shape):
     K = shape[-1] * fmt.group_size
     words = mx.zeros((*shape[:-1], K * fmt.bits // 32), mx.uint32)
     scales = mx.zeros(shape, mx.float32 if fmt.has_biases else mx.uint8)
-    y = ops.dequantize(words, scales, scales if fmt.has_biases else None, **strategies.format_keywords(fmt))
+    y = ops.dequantize(
+        words, scales, scales if fmt.has_biases else None, **strategies.format_keywords(fmt)
+    )
     mx.eval(y)
     assert y.shape == (*shape[:-1], K)

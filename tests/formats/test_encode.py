@@ -6,13 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 import oracle
+import pytest
 import strategies
 from corpora import corpora
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx_lowbit import ops
 from oracle import Weight
 
@@ -26,21 +25,25 @@ def ours(fmt: Any, w: mx.array, **keywords: Any) -> Weight:
 
 
 def mlx(fmt: Any, w: mx.array, **keywords: Any) -> Weight:
-    return Weight(*map(oracle.to_numpy, mx.quantize(w, **strategies.format_keywords(fmt), **keywords)))
+    return Weight(
+        *map(oracle.to_numpy, mx.quantize(w, **strategies.format_keywords(fmt), **keywords))
+    )
 
 
 def assert_same(got: Weight, want: Weight, note: str) -> None:
     for name, a, b in zip(Weight._fields, got, want, strict=True):
         if b is not None:
             assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{note}: {name}"
-            np.testing.assert_array_equal(oracle.bits_of(a), oracle.bits_of(b), err_msg=f"{note}: {name}")
+            np.testing.assert_array_equal(
+                oracle.bits_of(a), oracle.bits_of(b), err_msg=f"{note}: {name}"
+            )
 
 
 def follows_mlx(fmt: Any, w: np.ndarray) -> np.ndarray:
     """Rows of `w` in which MLX's own result is not one of its two defects, which are not copied.
 
-    e8m0 exponents below -127 wrap around to infinity; and fp4 elements beyond 2^25 times their scale
-    (nvfp4 saturates there) lose to float32 cancellation and become 4 or 0 in place of 6.
+    e8m0 exponents below -127 wrap around to infinity; and fp4 elements beyond 2^25 times their
+    scale (nvfp4 saturates there) lose to float32 cancellation and become 4 or 0 in place of 6.
     """
     amax = np.abs(w.reshape(len(w), -1, fmt.group_size)).max(-1)
     if fmt.mode == "nvfp4":
@@ -60,7 +63,9 @@ def test_bits_equal_mlx(fmt, dtype, rng):
         assert_same(got, oracle.encode(fmt, w), f"{name}, oracle")
         rows = follows_mlx(fmt, w)
         assert rows.any(), f"{name} compares nothing with MLX"
-        assert_same(rows_of(got, rows), rows_of(mlx(fmt, oracle.to_mlx(w)), rows), f"{name}, mx.quantize")
+        assert_same(
+            rows_of(got, rows), rows_of(mlx(fmt, oracle.to_mlx(w)), rows), f"{name}, mx.quantize"
+        )
 
 
 @pytest.mark.parametrize("share", [1.0, 4.0, 0.4], ids=["amax", "above", "below"])
@@ -89,7 +94,9 @@ def test_shapes_and_layouts(fmt, data):
 def test_broadcast_input(fmt):
     row = np.linspace(-1, 2, fmt.group_size, dtype=np.float32)
     w = np.broadcast_to(row, (5, fmt.group_size))
-    assert_same(ours(fmt, mx.broadcast_to(mx.array(row), w.shape)), oracle.encode(fmt, w), "broadcast")
+    assert_same(
+        ours(fmt, mx.broadcast_to(mx.array(row), w.shape)), oracle.encode(fmt, w), "broadcast"
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0, 2, 128), (2, 0, 128)])
@@ -117,10 +124,16 @@ def test_fp4_ties_go_to_the_smaller_magnitude(fp4_fmt, dtype, sign):
     """On the CPU 0.25 -> 0, 0.75 -> 0.5, ..., 5 -> 4, both signs: not IEEE's ties-to-even."""
     ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]) * sign
     codes = fp4_codes(fp4_fmt, ties, dtype)
-    np.testing.assert_array_equal(oracle.E2M1_VALUES[codes], np.array([0, 0.5, 1, 1.5, 2, 3, 4]) * sign)
-    above = np.nextafter(ties.astype(oracle.NUMPY_DTYPE[dtype]), oracle.NUMPY_DTYPE[dtype].type(9 * sign))
+    np.testing.assert_array_equal(
+        oracle.E2M1_VALUES[codes], np.array([0, 0.5, 1, 1.5, 2, 3, 4]) * sign
+    )
+    above = np.nextafter(
+        ties.astype(oracle.NUMPY_DTYPE[dtype]), oracle.NUMPY_DTYPE[dtype].type(9 * sign)
+    )
     codes = fp4_codes(fp4_fmt, above, dtype)
-    np.testing.assert_array_equal(oracle.E2M1_VALUES[codes], np.array([0.5, 1, 1.5, 2, 3, 4, 6]) * sign)
+    np.testing.assert_array_equal(
+        oracle.E2M1_VALUES[codes], np.array([0.5, 1, 1.5, 2, 3, 4, 6]) * sign
+    )
 
 
 def test_fp4_has_no_negative_zero(fp4_fmt, dtype):
@@ -138,7 +151,9 @@ def test_e4m3_is_nearest_even(dtype):
     words, scales, _ = ops.quantize(oracle.to_mlx(w), mode="mxfp8")
     assert (np.array(scales) == 127).all()
     codes = oracle.unpack(np.array(words), 8)[:, :31]
-    np.testing.assert_array_equal(codes, groups.astype(np.float32).astype(oracle.E4M3).view(np.uint8))
+    np.testing.assert_array_equal(
+        codes, groups.astype(np.float32).astype(oracle.E4M3).view(np.uint8)
+    )
 
 
 def test_zero_groups(fmt, dtype):
@@ -152,7 +167,7 @@ def test_zero_groups(fmt, dtype):
 
 
 def test_mx_groups_below_the_smallest_scale_stay_finite(mx_fmt):
-    """amax / max below 2^-127: byte 0, and elements rounded with that scale. MLX's byte wraps to 255."""
+    """amax / max below 2^-127: byte 0 and elements of that scale. MLX's byte wraps to 255."""
     w = np.exp2(-np.arange(127, 127 + 22, dtype=np.float64))[:, None] * np.linspace(-1, 1, 32)
     w = w.astype(np.float32)
     got = ours(mx_fmt, mx.array(w))

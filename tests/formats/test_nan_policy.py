@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 import strategies
 from mlx_lowbit import ops
 
 BAD = [np.nan, np.inf, -np.inf]
 
 
-def with_bad(fmt, dtype, *places: tuple[int, ...], value: float, shape: tuple[int, ...]) -> mx.array:
+def with_bad(
+    fmt, dtype, *places: tuple[int, ...], value: float, shape: tuple[int, ...]
+) -> mx.array:
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     for place in places:
         w[place] = value
@@ -51,21 +52,28 @@ def test_propagate_makes_its_group_nan(fmt, dtype, value):
     keywords = strategies.format_keywords(fmt)
     q = ops.quantize(dirty, nan_policy="propagate", **keywords)
     y = oracle.f64(ops.dequantize(*q, dtype=mx.float32, **keywords))
-    want = oracle.f64(ops.dequantize(*ops.quantize(clean, **keywords), dtype=mx.float32, **keywords))
+    want = oracle.f64(
+        ops.dequantize(*ops.quantize(clean, **keywords), dtype=mx.float32, **keywords)
+    )
     hit = np.zeros((5, 4), bool)
     hit[0, 0] = hit[2, 1] = hit[4, 3] = True
     hit = np.repeat(hit, g, 1)
     assert np.isnan(y[hit]).all()
     np.testing.assert_array_equal(y[~hit], want[~hit])
-    decoded = oracle.decode(fmt, oracle.Weight(*(None if a is None else oracle.to_numpy(a) for a in q)))
+    decoded = oracle.decode(
+        fmt, oracle.Weight(*(None if a is None else oracle.to_numpy(a) for a in q))
+    )
     assert np.isnan(decoded[hit]).all(), "NaN only by our decode"
 
 
 def test_propagate_agrees_on_finite_input(fmt, dtype):
     w = with_bad(fmt, dtype, value=0, shape=(3, 2 * fmt.group_size))
     keywords = strategies.format_keywords(fmt)
-    for a, b in zip(ops.quantize(w, **keywords),
-                    ops.quantize(w, nan_policy="propagate", **keywords), strict=True):  # fmt: skip
+    for a, b in zip(
+        ops.quantize(w, **keywords),
+        ops.quantize(w, nan_policy="propagate", **keywords),
+        strict=True,
+    ):
         assert (a is None and b is None) or mx.array_equal(a, b).item()
 
 
@@ -81,7 +89,7 @@ def test_propagate_is_lazy(fmt):
 
 
 def test_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="nan_policy.*raise.*propagate.*'ignore'"):
+    with pytest.raises(ValueError, match=r"nan_policy.*raise.*propagate.*'ignore'"):
         ops.quantize(mx.ones((2, 64)), nan_policy="ignore")
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
-
 import oracle
 import strategies
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx_lowbit import ops
 
 
@@ -19,11 +18,17 @@ def values_of(fmt: Any, codes: np.ndarray) -> np.ndarray:
     groups = (*codes.shape[:-1], codes.shape[-1] // fmt.group_size)
     words = oracle.to_mlx(oracle.pack(codes, fmt.bits))
     if fmt.has_biases:
-        y = ops.dequantize(words, mx.ones(groups), mx.zeros(groups), **strategies.format_keywords(fmt))
+        y = ops.dequantize(
+            words, mx.ones(groups), mx.zeros(groups), **strategies.format_keywords(fmt)
+        )
     else:
         one = int(np.flatnonzero(oracle.scale_values(fmt) == 1)[0])
-        y = ops.dequantize(words, mx.full(groups, one, mx.uint8), dtype=mx.float32,
-                           **strategies.format_keywords(fmt))  # fmt: skip
+        y = ops.dequantize(
+            words,
+            mx.full(groups, one, mx.uint8),
+            dtype=mx.float32,
+            **strategies.format_keywords(fmt),
+        )
     return np.array(y)
 
 
@@ -45,7 +50,7 @@ def test_oracle_pack_is_a_bijection(fmt, data):
 
 
 def test_each_position_of_a_row(fmt):
-    """One row a position: only that code is not zero, so a shifted or lost bit shows where it is."""
+    """One row a position: only that code is not zero, so a shifted or lost bit shows."""
     K = 2 * fmt.group_size
     for code in {1, 2 ** (fmt.bits - 1) + 1, 2 ** (fmt.bits - 1) - 2}:
         codes = np.zeros((K, K), np.uint8)
@@ -57,7 +62,7 @@ def test_each_position_of_a_row(fmt):
 
 @given(data=st.data())
 def test_values_keep_their_words(fmt, data):
-    """quantize(dequantize(words)) has the same values, for words whose groups use their whole range."""
+    """quantize(dequantize(words)) has the same values where groups use their whole range."""
     rng = np.random.default_rng(data.draw(strategies.seeds))
     N, K = data.draw(strategies.columns), data.draw(strategies.depths(fmt.group_size))
     codes = strategies.random_codes(rng, fmt, (N, K))
@@ -66,8 +71,12 @@ def test_values_keep_their_words(fmt, data):
     codes[:, 1 :: fmt.group_size] = 0
     values = values_of(fmt, codes)
     words, scales, biases = ops.quantize(mx.array(values), **strategies.format_keywords(fmt))
-    again = ops.dequantize(words, scales, biases, dtype=mx.float32, **strategies.format_keywords(fmt))
+    again = ops.dequantize(
+        words, scales, biases, dtype=mx.float32, **strategies.format_keywords(fmt)
+    )
     np.testing.assert_array_equal(np.array(again), values)
     if not fmt.has_biases:  # affine stores the complement: its scale is negative
         same = oracle.unpack(np.array(words), fmt.bits)
-        np.testing.assert_array_equal(np.where(values == 0, 0, same), np.where(values == 0, 0, codes))
+        np.testing.assert_array_equal(
+            np.where(values == 0, 0, same), np.where(values == 0, 0, codes)
+        )

@@ -45,7 +45,9 @@ class Outcome:
     message: str = ""
 
 
-def run(snippets: dict[str, str], setup: str = "", environment: dict[str, str] | None = None) -> dict[str, Outcome]:
+def run(
+    snippets: dict[str, str], setup: str = "", environment: dict[str, str] | None = None
+) -> dict[str, Outcome]:
     """Name to outcome of every snippet, each executed with `setup`'s names."""
     outcomes: dict[str, Outcome] = {}
     while missing := [name for name in snippets if name not in outcomes]:
@@ -56,11 +58,15 @@ def run(snippets: dict[str, str], setup: str = "", environment: dict[str, str] |
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
         verdicts = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("[")]
-        outcomes |= {name: Outcome(kind, text) for name, kind, text in verdicts if kind != "started"}
+        outcomes |= {
+            name: Outcome(kind, text) for name, kind, text in verdicts if kind != "started"
+        }
         started = [name for name, kind, _ in verdicts if kind == "started" and name not in outcomes]
         if started:
             code = child.returncode
-            outcomes[started[0]] = Outcome(signal.Signals(-code).name if code < 0 else f"exit {code}", child.stderr[-400:])
+            outcomes[started[0]] = Outcome(
+                signal.Signals(-code).name if code < 0 else f"exit {code}", child.stderr[-400:]
+            )
         elif not verdicts:
             raise RuntimeError(f"the child did not start: {child.stderr[-2000:]}")
     return outcomes

@@ -1,4 +1,4 @@
-"""Empty sizes, expert indices out of range, and the ways through MLX's own ops, in child processes."""
+"""Empty sizes, expert indices out of range, and the ways through MLX's own ops: child processes."""
 
 from __future__ import annotations
 
@@ -8,73 +8,80 @@ from harness import run
 SETUP = """
 w = mx.random.normal((64, 128)); x = mx.random.normal((2, 128))
 FORMATS = [dict(mode=f.mode, bits=f.bits, group_size=f.group_size) for f in formats.FORMATS]
+QQ = [f for f in FORMATS if f["mode"] in ("mxfp8", "nvfp4")]
+
+def zeros(*shape, dtype=mx.float32): return mx.zeros(shape, dtype)
 def check(y, shape, value=0.0):
     mx.eval(y)
     assert y.shape == shape, (y.shape, shape)
     assert mx.all(y == value).item(), y
-def weight(N, K, f, lead=()):
-    words = mx.zeros((*lead, N, K * f["bits"] // 32), mx.uint32)
-    s = mx.zeros((*lead, N, K // f["group_size"]), mx.float32 if f["mode"] == "affine" else mx.uint8)
-    return (words, s, s) if f["mode"] == "affine" else (words, s)
+def weight(f, *shape):
+    *lead, N, K = shape
+    words = zeros(*lead, N, K * f["bits"] // 32, dtype=mx.uint32)
+    affine = f["mode"] == "affine"
+    s = zeros(*lead, N, K // f["group_size"], dtype=mx.float32 if affine else mx.uint8)
+    return (words, s, s) if affine else (words, s)
+def qmm(x, *shape, to, value=0.0, **more):
+    for f in FORMATS: check(ops.quantized_matmul(x, *weight(f, *shape), **more, **f), to, value)
+def qqmm(x, *shape, to):
+    for f in QQ: check(ops.qqmm(x, *weight(f, *shape), **f), to)
+def gather(x, *shape, to, **more):
+    for f in FORMATS: check(ops.gather_qmm(x, *weight(f, *shape), **more, **f), to)
+def through(transform, x, to):
+    for f in FORMATS:
+        check(transform(lambda x: ops.quantized_matmul(x, *weight(f, 64, 128), **f))(x), to)
+two, none = mx.array([0, 2]), mx.zeros(0, mx.uint32)
 """
 
 EMPTY = {
-    "no_rows_of_x": "for f in FORMATS: check(ops.quantized_matmul(x[:0], *weight(64, 128, f), **f), (0, 64))",
-    "no_rows_of_w": "for f in FORMATS: check(ops.quantized_matmul(x, *weight(0, 128, f), **f), (2, 0))",
-    "no_depth": "for f in FORMATS: check(ops.quantized_matmul(x[:, :0], *weight(64, 0, f), **f), (2, 64))",
-    "no_depth_with_bias":
-        "for f in FORMATS: check(ops.quantized_matmul(x[:, :0], *weight(64, 0, f), bias=mx.full(64, 3.0), **f), (2, 64), 3)",
-    "nothing": "for f in FORMATS: check(ops.quantized_matmul(x[:0, :0], *weight(0, 0, f), **f), (0, 0))",
-    "no_vector": "for f in FORMATS: check(ops.quantized_matmul(x[0, :0], *weight(64, 0, f), **f), (64,))",
-    "untransposed_no_rows_of_w":
-        "for f in FORMATS: check(ops.quantized_matmul(x[:, :0], *weight(0, 128, f), transpose=False, **f), (2, 128))",
-    "untransposed_no_rows_of_x":
-        "for f in FORMATS: check(ops.quantized_matmul(mx.zeros((0, 64)), *weight(64, 128, f), transpose=False, **f), (0, 128))",
-    "no_batch": "for f in FORMATS: check(ops.quantized_matmul(mx.zeros((0, 2, 128)), *weight(64, 128, f, (0,)), **f), (0, 2, 64))",
-    "no_batch_of_w_broadcast":
-        "for f in FORMATS: check(ops.quantized_matmul(mx.zeros((1, 2, 128)), *weight(64, 128, f, (0,)), **f), (0, 2, 64))",
-    "qqmm_no_rows": "for f in FORMATS[-2:]: check(ops.qqmm(x[:0], *weight(64, 128, f), **f), (0, 64))",
-    "qqmm_no_depth": "for f in FORMATS[-2:]: check(ops.qqmm(x[:, :0], *weight(64, 0, f), **f), (2, 64))",
-    "gather_no_indices":
-        "for f in FORMATS: check(ops.gather_qmm(x[:, None], *weight(64, 128, f, (3,)), rhs_indices=mx.zeros(0, mx.uint32), "
-        "lhs_indices=mx.zeros(0, mx.uint32), **f), (0, 1, 64))",
-    "gather_no_rows":
-        "for f in FORMATS: check(ops.gather_qmm(mx.zeros((2, 0, 128)), *weight(64, 128, f, (3,)), rhs_indices=mx.array([0, 2]), **f), (2, 0, 64))",
-    "gather_no_columns":
-        "for f in FORMATS: check(ops.gather_qmm(x[:, None], *weight(0, 128, f, (3,)), rhs_indices=mx.array([0, 2]), **f), (2, 1, 0))",
-    "gather_no_depth":
-        "for f in FORMATS: check(ops.gather_qmm(x[:, None, :0], *weight(64, 0, f, (3,)), rhs_indices=mx.array([0, 2]), **f), (2, 1, 64))",
-    "dequantize_empty": "for f in FORMATS: check(ops.dequantize(*weight(0, 128, f), **f), (0, 128))",
-    "quantize_empty": "for f in FORMATS: check(ops.quantize(mx.zeros((0, 128)), **f)[1], (0, 128 // f['group_size']))",
+    "no_rows_of_x": "qmm(x[:0], 64, 128, to=(0, 64))",
+    "no_rows_of_w": "qmm(x, 0, 128, to=(2, 0))",
+    "no_depth": "qmm(x[:, :0], 64, 0, to=(2, 64))",
+    "no_depth_with_bias": "qmm(x[:, :0], 64, 0, bias=mx.full(64, 3.0), to=(2, 64), value=3)",
+    "nothing": "qmm(x[:0, :0], 0, 0, to=(0, 0))",
+    "no_vector": "qmm(x[0, :0], 64, 0, to=(64,))",
+    "untransposed_no_depth": "qmm(x[:, :0], 0, 128, transpose=False, to=(2, 128))",
+    "untransposed_no_rows": "qmm(zeros(0, 64), 64, 128, transpose=False, to=(0, 128))",
+    "no_batch": "qmm(zeros(0, 2, 128), 0, 64, 128, to=(0, 2, 64))",
+    "no_batch_of_w": "qmm(zeros(1, 2, 128), 0, 64, 128, to=(0, 2, 64))",
+    "qqmm_no_rows": "qqmm(x[:0], 64, 128, to=(0, 64))",
+    "qqmm_no_depth": "qqmm(x[:, :0], 64, 0, to=(2, 64))",
+    "gather_no_indices": "gather(x[:, None], 3, 64, 128, lhs_indices=none, rhs_indices=none, "
+    "to=(0, 1, 64))",
+    "gather_no_rows": "gather(zeros(2, 0, 128), 3, 64, 128, rhs_indices=two, to=(2, 0, 64))",
+    "gather_no_columns": "gather(x[:, None], 3, 0, 128, rhs_indices=two, to=(2, 1, 0))",
+    "gather_no_depth": "gather(x[:, None, :0], 3, 64, 0, rhs_indices=two, to=(2, 1, 64))",
+    "dequantize": "for f in FORMATS: check(ops.dequantize(*weight(f, 0, 128), **f), (0, 128))",
+    "quantize": "for f in FORMATS: check(ops.quantize(zeros(0, 128), **f)[1], "
+    "(0, 128 // f['group_size']))",
     "linear_no_rows": "check(ops.linear(x[:0], w), (0, 64))",
     "linear_no_depth": "check(ops.linear(x[:, :0], w[:, :0], bias=mx.ones(64)), (2, 64), 1)",
     "linear_no_columns": "check(ops.linear(x, w[:0]), (2, 0))",
-    "gradient_of_empty":
-        "for f in FORMATS: check(mx.grad(lambda x: ops.quantized_matmul(x, *weight(64, 128, f), **f).sum())(x[:0]), (0, 128))",
-    "vmap_of_empty":
-        "for f in FORMATS: check(mx.vmap(lambda x: ops.quantized_matmul(x, *weight(64, 128, f), **f))(mx.zeros((3, 0, 128))), (3, 0, 64))",
-    "compiled_empty":
-        "for f in FORMATS: check(mx.compile(lambda x: ops.quantized_matmul(x, *weight(64, 128, f), **f))(x[:0]), (0, 64))",
-    "nan_through":
-        "q = ops.quantize(w); y = ops.quantized_matmul(x * float('nan'), *q); assert mx.isnan(y).all().item()",
-}  # fmt: skip
+    "gradient": "through(lambda f: mx.grad(lambda x: f(x).sum()), x[:0], (0, 128))",
+    "vmap": "through(mx.vmap, zeros(3, 0, 128), (3, 0, 64))",
+    "compiled": "through(mx.compile, x[:0], (0, 64))",
+    "nan_rows": "y = ops.quantized_matmul(x * float('nan'), *ops.quantize(w)); "
+    "assert mx.isnan(y).all().item()",
+}
 
-# MLX's ops end the process on these; a format or backend that runs them must not.
+# MLX's ops end the process on these; a format or a backend that runs them must not.
+ONE_BIT = "q = mx.quantize(w, bits=1); "
+MLX_BACKEND = "lb.set_backend('mlx'); q = ops.quantize(w); "
+SHORT_SCALES = "mx.eval(ops.quantized_matmul(x, q[0], q[1][:32], q[2][:32]"
 THROUGH_MLX = {
-    "one_bit_no_rows": "q = mx.quantize(w, bits=1); check(ops.quantized_matmul(x[:0], *q, bits=1), (0, 64))",
-    "one_bit_no_depth":
-        "q = mx.quantize(w, bits=1); check(ops.quantized_matmul(x[:, :0], *(v[:, :0] for v in q), bits=1), (2, 64))",
-    "backend_mlx_no_rows":
-        "lb.set_backend('mlx'); q = ops.quantize(w); check(ops.quantized_matmul(x[:0], *q), (0, 64))",
-    "backend_mlx_no_columns":
-        "lb.set_backend('mlx'); q = ops.quantize(w); check(ops.quantized_matmul(x, *(v[:0] for v in q)), (2, 0))",
-}  # fmt: skip
+    "one_bit_no_rows": ONE_BIT + "check(ops.quantized_matmul(x[:0], *q, bits=1), (0, 64))",
+    "one_bit_no_depth": ONE_BIT + "q = [v[:, :0] for v in q]; "
+    "check(ops.quantized_matmul(x[:, :0], *q, bits=1), (2, 64))",
+    "backend_mlx_no_rows": MLX_BACKEND + "check(ops.quantized_matmul(x[:0], *q), (0, 64))",
+    "backend_mlx_no_columns": MLX_BACKEND + "q = [v[:0] for v in q]; "
+    "check(ops.quantized_matmul(x, *q), (2, 0))",
+}
 THROUGH_MLX_REFUSED = {
-    "one_bit_scales_rows": "q = mx.quantize(w, bits=1); mx.eval(ops.quantized_matmul(x, q[0], q[1][:32], q[2][:32], bits=1))",
-    "backend_mlx_scales_rows":
-        "lb.set_backend('mlx'); q = ops.quantize(w); mx.eval(ops.quantized_matmul(x, q[0], q[1][:32], q[2][:32]))",
-    "backend_mlx_qqmm_many_rows": "lb.set_backend('mlx'); q = ops.quantize(w, mode='mxfp8')[:2]; mx.eval(ops.qqmm(x, *q, mode='mxfp8'))",
-}  # fmt: skip
+    "one_bit_scales_rows": ONE_BIT + SHORT_SCALES + ", bits=1))",
+    "backend_mlx_scales_rows": MLX_BACKEND + SHORT_SCALES + "))",
+    "backend_mlx_qqmm_rows": "lb.set_backend('mlx'); q = ops.quantize(w, mode='mxfp8')[:2]; "
+    "mx.eval(ops.qqmm(x, *q, mode='mxfp8'))",
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +102,12 @@ def test_mlx_defects_do_not_pass_through(outcomes, name):
 # --- indices ----------------------------------------------------------------------------------
 
 EXPERTS = """
-e = ops.quantize(mx.random.normal((4, 64, 128))); m = ops.quantize(mx.random.normal((4, 64, 128)), mode="mxfp8")[:2]
-x = mx.random.normal((3, 2, 128))
-ok = mx.array([1, 3, 0])
-def pair(lhs=None, rhs=None, **k): return ops.gather_qmm(x, *e, lhs_indices=lhs, rhs_indices=rhs, **k)
+dense = mx.random.normal((4, 64, 128)); x = mx.random.normal((3, 2, 128))
+e = ops.quantize(dense); m = ops.quantize(dense, mode="mxfp8")[:2]
+half = ops.quantize(dense.astype(mx.bfloat16))
+ok, bad = mx.array([1, 3, 0]), mx.array([1, 4, 0])
+def pair(lhs=None, rhs=None, **k):
+    return ops.gather_qmm(x, *e, lhs_indices=lhs, rhs_indices=rhs, **k)
 def rows(y, bad):  # exactly the pairs of `bad` are NaN
     nan = mx.isnan(y)
     for i in range(y.shape[0]):
@@ -113,23 +122,28 @@ def same_but(y, bad):
 BAD_INDICES = ["4", "1000", "10**7", "2**31 - 1", "-1", "-2**31"]
 CHECKED = {
     **{f"rhs {i}": f"mx.eval(pair(rhs=mx.array([1, {i}, 0])))" for i in BAD_INDICES},
-    **{f"lhs {i}": f"mx.eval(pair(lhs=mx.array([0, 1, {i}]), rhs=ok))" for i in ["3", "-1", "10**7"]},
-    "qqmm": "mx.eval(ops.gather_qqmm(x, *m, rhs_indices=mx.array([1, 4, 0]), mode='mxfp8'))",
+    **{
+        f"lhs {i}": f"mx.eval(pair(lhs=mx.array([0, 1, {i}]), rhs=ok))"
+        for i in ["3", "-1", "10**7"]
+    },
+    "qqmm": "mx.eval(ops.gather_qqmm(x, *m, rhs_indices=bad, mode='mxfp8'))",
 }
 UNCHECKED = {
     **{f"rhs {i}": f"same_but(pair(rhs=mx.array([1, {i}, 0])), {{1}})" for i in BAD_INDICES},
-    **{f"lhs {i}": f"same_but(pair(lhs=mx.array([0, 1, {i}]), rhs=ok), {{2}})" for i in ["3", "-1", "10**7"]},
+    **{
+        f"lhs {i}": f"same_but(pair(lhs=mx.array([0, 1, {i}]), rhs=ok), {{2}})"
+        for i in ["3", "-1", "10**7"]
+    },
     "uint32_max": "same_but(pair(rhs=mx.array([2**32 - 1, 3, 0], mx.uint32)), {0})",
     "int64": "same_but(pair(rhs=mx.array([1, 3, 2**40], mx.int64)), {2})",
     "all": "assert mx.isnan(pair(rhs=mx.array([9, -9, 4]))).all().item()",
     "sorted_tail": "same_but(pair(rhs=mx.array([1, 3, 77]), sorted_indices=True), {2})",
-    "one_row": "y = ops.gather_qmm(x[:, :1], *e, rhs_indices=mx.array([1, 4, 0])); rows(y, {1})",
-    "bias": "rows(pair(rhs=mx.array([1, 4, 0]), bias=mx.ones((4, 64))), {1})",
-    "untransposed": "rows(ops.gather_qmm(x[..., :64], *e, rhs_indices=mx.array([1, 4, 0]), transpose=False), {1})",
-    "qqmm": "rows(ops.gather_qqmm(x, *m, rhs_indices=mx.array([1, 4, 0]), mode='mxfp8'), {1})",
-    "bfloat16": "rows(ops.gather_qmm(x.astype(mx.bfloat16), *(v if v.dtype == mx.uint32 else v.astype(mx.bfloat16) for v in e), "
-                "rhs_indices=mx.array([1, 4, 0])), {1})",
-}  # fmt: skip
+    "one_row": "rows(ops.gather_qmm(x[:, :1], *e, rhs_indices=bad), {1})",
+    "bias": "rows(pair(rhs=bad, bias=mx.ones((4, 64))), {1})",
+    "untransposed": "rows(ops.gather_qmm(x[..., :64], *e, rhs_indices=bad, transpose=False), {1})",
+    "qqmm": "rows(ops.gather_qqmm(x, *m, rhs_indices=bad, mode='mxfp8'), {1})",
+    "bfloat16": "rows(ops.gather_qmm(x.astype(mx.bfloat16), *half, rhs_indices=bad), {1})",
+}
 
 
 @pytest.fixture(scope="module")

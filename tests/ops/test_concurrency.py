@@ -10,9 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 import strategies
 from mlx_lowbit import formats, ops
 from strategies import Problem
@@ -39,7 +38,9 @@ def test_two_streams(judged_fmt):
     for repeat in range(3):
         for i, p in enumerate(cases):
             x, words, scales, biases = p.arrays()
-            y = ops.quantized_matmul(x, words, scales, biases, stream=streams[(i + repeat) % 2], **p.keywords())
+            y = ops.quantized_matmul(
+                x, words, scales, biases, stream=streams[(i + repeat) % 2], **p.keywords()
+            )
             mx.async_eval(y)
             pending.append((i, y))
     for i, y in pending:
@@ -53,14 +54,29 @@ def test_stream_argument_of_every_op(judged_fmt):
     plain = ops.quantize(w, **keywords)
     for stream in (mx.new_stream(mx.cpu), mx.cpu):
         q = ops.quantize(w, stream=stream, **keywords)
-        assert all(mx.array_equal(a, b).item() for a, b in zip(q, plain, strict=True) if a is not None)
-        assert mx.array_equal(ops.dequantize(*q, stream=stream, **keywords), ops.dequantize(*q, **keywords)).item()
+        assert all(
+            mx.array_equal(a, b).item() for a, b in zip(q, plain, strict=True) if a is not None
+        )
+        assert mx.array_equal(
+            ops.dequantize(*q, stream=stream, **keywords), ops.dequantize(*q, **keywords)
+        ).item()
         assert mx.array_equal(ops.linear(w, w, stream=stream), ops.linear(w, w)).item()
-        y = ops.gather_qmm(w[:, None], *(None if a is None else a[None] for a in q),
-                           rhs_indices=mx.zeros(5, mx.uint32), stream=stream, **keywords)  # fmt: skip
-        assert mx.array_equal(y[:, 0], ops.gather_qmm(
-            w[:, None], *(None if a is None else a[None] for a in q), rhs_indices=mx.zeros(5, mx.uint32),
-            **keywords)[:, 0]).item()  # fmt: skip
+        y = ops.gather_qmm(
+            w[:, None],
+            *(None if a is None else a[None] for a in q),
+            rhs_indices=mx.zeros(5, mx.uint32),
+            stream=stream,
+            **keywords,
+        )
+        assert mx.array_equal(
+            y[:, 0],
+            ops.gather_qmm(
+                w[:, None],
+                *(None if a is None else a[None] for a in q),
+                rhs_indices=mx.zeros(5, mx.uint32),
+                **keywords,
+            )[:, 0],
+        ).item()
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -107,7 +123,8 @@ mx.set_default_device(mx.cpu)
 from mlx_lowbit import _ext, ops
 w, x = (mx.random.normal(shape, key=mx.random.key(1)) for shape in ((515, 1024), (40, 1024)))
 q = ops.quantize(w, mode="nvfp4")
-parts = [q[0], q[1], *(ops.quantized_matmul(x[:m], *q, mode="nvfp4") for m in (1, 8, 40)), ops.linear(x, w)]
+products = [ops.quantized_matmul(x[:m], *q, mode="nvfp4") for m in (1, 8, 40)]
+parts = [q[0], q[1], *products, ops.linear(x, w)]
 print(_ext.threads(), hashlib.sha1(b"".join(bytes(p.view(mx.uint8)) for p in parts)).hexdigest())
 """
 
@@ -116,8 +133,13 @@ def test_number_of_threads():
     """MLX_LOWBIT_NUM_THREADS is obeyed, and no result depends on it; nonsense means the default."""
     found = {}
     for count in ("1", "2", "3", "7", "64", "0", "-1", "many", ""):
-        done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120,
-                              env={**os.environ, "MLX_LOWBIT_NUM_THREADS": count})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", THREADS],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "MLX_LOWBIT_NUM_THREADS": count},
+        )
         assert done.returncode == 0, (count, done.stderr)
         found[count] = done.stdout.split()
     assert len({digest for _, digest in found.values()}) == 1, found
@@ -129,7 +151,8 @@ FORK = """
 import os, sys
 import mlx.core as mx
 from mlx_lowbit import ops
-w, x = (mx.random.normal(shape, key=mx.random.key(1), stream=mx.cpu) for shape in ((512, 1024), (40, 1024)))
+key = mx.random.key(1)
+w, x = (mx.random.normal(shape, key=key, stream=mx.cpu) for shape in ((512, 1024), (40, 1024)))
 mx.eval(w, x)
 def run():
     # MLX's threads, one a stream, do not follow a fork: only a stream made afterwards works.
@@ -152,6 +175,11 @@ sys.exit(codes != [0, 0])
 
 def test_after_fork():
     """A child made after the pool's threads started computes the same; so does its parent."""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120,
-                          cwd=Path(__file__).parent)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", FORK],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

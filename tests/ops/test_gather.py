@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import oracle
 import pytest
+import strategies
 from hypothesis import given
 from hypothesis import strategies as st
-
-import oracle
-import strategies
 from mlx_lowbit import ops
 from oracle import Weight
 
@@ -28,8 +27,19 @@ class Experts(NamedTuple):
     rhs: np.ndarray
 
 
-def experts(rng: np.random.Generator, fmt: Any, dtype: mx.Dtype, *, E: int, B: int, M: int, N: int,
-            K: int, shape: tuple[int, ...], exact: bool = False) -> Experts:  # fmt: skip
+def experts(
+    rng: np.random.Generator,
+    fmt: Any,
+    dtype: mx.Dtype,
+    *,
+    E: int,
+    B: int,
+    M: int,
+    N: int,
+    K: int,
+    shape: tuple[int, ...],
+    exact: bool = False,
+) -> Experts:
     activations = strategies.exact_activations if exact else strategies.activations
     weight = strategies.exact_weight if exact else strategies.random_weight
     x = activations(rng, (B, M, K), dtype)
@@ -38,18 +48,37 @@ def experts(rng: np.random.Generator, fmt: Any, dtype: mx.Dtype, *, E: int, B: i
     return Experts(x, w, bias, rng.integers(0, B, shape), rng.integers(0, E, shape))
 
 
-def gather(fmt: Any, e: Experts, *, with_bias: bool = False, index_dtype: Any = np.uint32,
-           layout: str = "contiguous", **more: Any) -> mx.array:  # fmt: skip
+def gather(
+    fmt: Any,
+    e: Experts,
+    *,
+    with_bias: bool = False,
+    index_dtype: Any = np.uint32,
+    layout: str = "contiguous",
+    **more: Any,
+) -> mx.array:
     return ops.gather_qmm(
-        strategies.lay_out(e.x, layout), *strategies.weight_arrays(e.w, layout),
-        lhs_indices=mx.array(e.lhs.astype(index_dtype)), rhs_indices=mx.array(e.rhs.astype(index_dtype)),
-        **strategies.format_keywords(fmt), **strategies.optional(bias=e.bias if with_bias else None), **more,
-    )  # fmt: skip
+        strategies.lay_out(e.x, layout),
+        *strategies.weight_arrays(e.w, layout),
+        lhs_indices=mx.array(e.lhs.astype(index_dtype)),
+        rhs_indices=mx.array(e.rhs.astype(index_dtype)),
+        **strategies.format_keywords(fmt),
+        **strategies.optional(bias=e.bias if with_bias else None),
+        **more,
+    )
 
 
-def reference(fmt: Any, e: Experts, *, with_bias: bool = False, transpose: bool = True) -> oracle.Product:
-    return oracle.gather(e.x, oracle.decode(fmt, e.w), e.lhs, e.rhs,
-                         bias=e.bias if with_bias else None, transpose=transpose)  # fmt: skip
+def reference(
+    fmt: Any, e: Experts, *, with_bias: bool = False, transpose: bool = True
+) -> oracle.Product:
+    return oracle.gather(
+        e.x,
+        oracle.decode(fmt, e.w),
+        e.lhs,
+        e.rhs,
+        bias=e.bias if with_bias else None,
+        transpose=transpose,
+    )
 
 
 @given(data=st.data())
@@ -58,19 +87,34 @@ def test_random_bits(fmt, dtype, data):
     rng = np.random.default_rng(data.draw(strategies.seeds))
     shape = data.draw(st.sampled_from([(1,), (5,), (3, 2), (2, 1, 3), (17,)]))
     K = fmt.group_size * data.draw(st.integers(1, 4))
-    e = experts(rng, fmt, dtype, E=data.draw(st.integers(1, 6)), B=data.draw(st.integers(1, 5)),
-                M=data.draw(st.sampled_from([1, 1, 2, 9])), N=data.draw(strategies.columns), K=K,
-                shape=shape)  # fmt: skip
+    e = experts(
+        rng,
+        fmt,
+        dtype,
+        E=data.draw(st.integers(1, 6)),
+        B=data.draw(st.integers(1, 5)),
+        M=data.draw(st.sampled_from([1, 1, 2, 9])),
+        N=data.draw(strategies.columns),
+        K=K,
+        shape=shape,
+    )
     with_bias, layout = data.draw(st.booleans()), data.draw(st.sampled_from(strategies.LAYOUTS))
-    y = gather(fmt, e, with_bias=with_bias, layout=layout,
-               index_dtype=data.draw(st.sampled_from(INDEX_DTYPES)))  # fmt: skip
+    y = gather(
+        fmt,
+        e,
+        with_bias=with_bias,
+        layout=layout,
+        index_dtype=data.draw(st.sampled_from(INDEX_DTYPES)),
+    )
     oracle.assert_close(y, reference(fmt, e, with_bias=with_bias), K, dtype=dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40, 129])
 def test_sorted_tokens_exactly(fmt, dtype, tokens, rng):
     """The prefill of switch layers: one row a token, sorted by expert, some experts empty."""
-    e = experts(rng, fmt, dtype, E=7, B=tokens, M=1, N=37, K=2 * fmt.group_size, shape=(tokens,), exact=True)
+    e = experts(
+        rng, fmt, dtype, E=7, B=tokens, M=1, N=37, K=2 * fmt.group_size, shape=(tokens,), exact=True
+    )
     e = e._replace(rhs=np.sort(np.where(e.rhs == 3, 4, e.rhs)))
     want = reference(fmt, e, with_bias=True).value
     for hint in (True, False):
@@ -80,10 +124,26 @@ def test_sorted_tokens_exactly(fmt, dtype, tokens, rng):
 def test_sorted_hint_with_the_default_lhs(fmt, rng):
     """mlx-lm sorts the tokens, gives rhs_indices alone, and says so."""
     tokens = 23
-    e = experts(rng, fmt, mx.bfloat16, E=5, B=tokens, M=1, N=18, K=2 * fmt.group_size, shape=(tokens,), exact=True)
+    e = experts(
+        rng,
+        fmt,
+        mx.bfloat16,
+        E=5,
+        B=tokens,
+        M=1,
+        N=18,
+        K=2 * fmt.group_size,
+        shape=(tokens,),
+        exact=True,
+    )
     e = e._replace(lhs=np.arange(tokens), rhs=np.sort(e.rhs))
-    y = ops.gather_qmm(oracle.to_mlx(e.x), *strategies.weight_arrays(e.w), rhs_indices=mx.array(e.rhs),
-                       sorted_indices=True, **strategies.format_keywords(fmt))  # fmt: skip
+    y = ops.gather_qmm(
+        oracle.to_mlx(e.x),
+        *strategies.weight_arrays(e.w),
+        rhs_indices=mx.array(e.rhs),
+        sorted_indices=True,
+        **strategies.format_keywords(fmt),
+    )
     oracle.assert_equal(y, reference(fmt, e).value)
 
 
@@ -102,19 +162,27 @@ def test_default_indices(fmt, rng):
     """Without indices, batch entry i of x meets batch entry i of w."""
     e = experts(rng, fmt, mx.float32, E=3, B=3, M=4, N=11, K=fmt.group_size, shape=(3,), exact=True)
     e = e._replace(lhs=np.arange(3), rhs=np.arange(3))
-    y = ops.gather_qmm(oracle.to_mlx(e.x), *strategies.weight_arrays(e.w), **strategies.format_keywords(fmt))
+    y = ops.gather_qmm(
+        oracle.to_mlx(e.x), *strategies.weight_arrays(e.w), **strategies.format_keywords(fmt)
+    )
     oracle.assert_equal(y, reference(fmt, e).value)
 
 
 def test_broadcast_indices(fmt, rng):
     """lhs [T, 1] and rhs [T, top]: the router's shapes; x [T, 1, 1, K] as switch layers hold it."""
     T, top = 9, 2
-    e = experts(rng, fmt, mx.bfloat16, E=4, B=T, M=1, N=19, K=2 * fmt.group_size, shape=(T, top), exact=True)
+    e = experts(
+        rng, fmt, mx.bfloat16, E=4, B=T, M=1, N=19, K=2 * fmt.group_size, shape=(T, top), exact=True
+    )
     lhs = np.arange(T)[:, None]
     want = reference(fmt, e._replace(lhs=np.broadcast_to(lhs, (T, top)))).value
     oracle.assert_equal(gather(fmt, e._replace(lhs=lhs)), want)
-    y = ops.gather_qmm(oracle.to_mlx(e.x[:, None]), *strategies.weight_arrays(e.w), rhs_indices=mx.array(e.rhs),
-                       **strategies.format_keywords(fmt))  # fmt: skip
+    y = ops.gather_qmm(
+        oracle.to_mlx(e.x[:, None]),
+        *strategies.weight_arrays(e.w),
+        rhs_indices=mx.array(e.rhs),
+        **strategies.format_keywords(fmt),
+    )
     assert y.shape == (T, top, 1, 19)
     oracle.assert_equal(y, want)
 
@@ -124,8 +192,13 @@ def test_batched_experts(fmt, rng):
     e = experts(rng, fmt, mx.float32, E=6, B=4, M=2, N=13, K=fmt.group_size, shape=(8,), exact=True)
     words, scales, biases = strategies.weight_arrays(e.w)
     split = [None if a is None else a.reshape(2, 3, *a.shape[1:]) for a in (words, scales, biases)]
-    y = ops.gather_qmm(oracle.to_mlx(e.x).reshape(2, 2, 2, -1), *split, lhs_indices=mx.array(e.lhs),
-                       rhs_indices=mx.array(e.rhs), **strategies.format_keywords(fmt))  # fmt: skip
+    y = ops.gather_qmm(
+        oracle.to_mlx(e.x).reshape(2, 2, 2, -1),
+        *split,
+        lhs_indices=mx.array(e.lhs),
+        rhs_indices=mx.array(e.rhs),
+        **strategies.format_keywords(fmt),
+    )
     oracle.assert_equal(y, reference(fmt, e).value)
 
 
@@ -151,16 +224,31 @@ def test_global_scale(nv_fmt, dtype, rng):
 
 @given(data=st.data())
 def test_quantized_activations(qq_fmt, dtype, data):
-    """gather_qqmm: rows of x are quantized as mx.quantize does, then multiplied as gather_qmm does."""
+    """gather_qqmm: rows of x quantized as mx.quantize does, then as gather_qmm."""
     rng = np.random.default_rng(data.draw(strategies.seeds))
     K = qq_fmt.group_size * data.draw(st.integers(1, 5))
-    e = experts(rng, qq_fmt, dtype, E=data.draw(st.integers(1, 5)), B=data.draw(st.integers(1, 5)),
-                M=data.draw(st.sampled_from([1, 2, 9])), N=data.draw(st.integers(1, 50)), K=K,
-                shape=data.draw(st.sampled_from([(1,), (6,), (3, 2)])))  # fmt: skip
+    e = experts(
+        rng,
+        qq_fmt,
+        dtype,
+        E=data.draw(st.integers(1, 5)),
+        B=data.draw(st.integers(1, 5)),
+        M=data.draw(st.sampled_from([1, 2, 9])),
+        N=data.draw(st.integers(1, 50)),
+        K=K,
+        shape=data.draw(st.sampled_from([(1,), (6,), (3, 2)])),
+    )
     with_bias = data.draw(st.booleans())
     xq = oracle.decode(qq_fmt, oracle.encode(qq_fmt, e.x))
-    want = oracle.gather(xq, oracle.decode(qq_fmt, e.w), e.lhs, e.rhs, bias=e.bias if with_bias else None)
-    y = ops.gather_qqmm(oracle.to_mlx(e.x), *strategies.weight_arrays(e.w)[:2], lhs_indices=mx.array(e.lhs),
-                        rhs_indices=mx.array(e.rhs), **strategies.format_keywords(qq_fmt),
-                        **strategies.optional(bias=e.bias if with_bias else None))  # fmt: skip
+    want = oracle.gather(
+        xq, oracle.decode(qq_fmt, e.w), e.lhs, e.rhs, bias=e.bias if with_bias else None
+    )
+    y = ops.gather_qqmm(
+        oracle.to_mlx(e.x),
+        *strategies.weight_arrays(e.w)[:2],
+        lhs_indices=mx.array(e.lhs),
+        rhs_indices=mx.array(e.rhs),
+        **strategies.format_keywords(qq_fmt),
+        **strategies.optional(bias=e.bias if with_bias else None),
+    )
     oracle.assert_close(y, want, K, dtype=dtype)

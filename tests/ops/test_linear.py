@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import oracle
 import pytest
+import strategies
 from hypothesis import given
 from hypothesis import strategies as st
-
-import oracle
-import strategies
 from mlx_lowbit import ops
 
 
@@ -29,12 +28,21 @@ def exact(M: int, N: int, K: int, dtype: mx.Dtype) -> None:
 def test_random_values(dtype, data):
     rng = np.random.default_rng(data.draw(strategies.seeds))
     M = data.draw(st.one_of(strategies.few_rows, strategies.many_rows))
-    N, K = data.draw(strategies.columns), data.draw(st.one_of(st.integers(1, 70), st.integers(71, 1500)))
+    N, K = (
+        data.draw(strategies.columns),
+        data.draw(st.one_of(st.integers(1, 70), st.integers(71, 1500))),
+    )
     x, w = (strategies.activations(rng, shape, dtype) for shape in ((M, K), (N, K)))
     bias = strategies.activations(rng, (N,), dtype) if data.draw(st.booleans()) else None
-    layouts = data.draw(st.sampled_from(strategies.LAYOUTS)), data.draw(st.sampled_from(strategies.LAYOUTS))
-    y = ops.linear(strategies.lay_out(x, layouts[0]), strategies.lay_out(w, layouts[1]),
-                   **strategies.optional(bias=bias))  # fmt: skip
+    layouts = (
+        data.draw(st.sampled_from(strategies.LAYOUTS)),
+        data.draw(st.sampled_from(strategies.LAYOUTS)),
+    )
+    y = ops.linear(
+        strategies.lay_out(x, layouts[0]),
+        strategies.lay_out(w, layouts[1]),
+        **strategies.optional(bias=bias),
+    )
     oracle.assert_close(y, oracle.matmul(x, w, bias=bias), K, dtype=dtype)
 
 
@@ -92,8 +100,10 @@ def test_bad_activation_stays_in_its_row(dtype, value, M, rng):
     np.testing.assert_array_equal(oracle.f64(ops.linear(oracle.to_mlx(x), oracle.to_mlx(w))), want)
 
 
-@pytest.mark.parametrize("x_dtype, w_dtype", [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16),
-                                              (mx.float16, mx.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "x_dtype, w_dtype",
+    [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16), (mx.float16, mx.bfloat16)],
+)
 def test_mixed_dtypes_promote_as_mlx(x_dtype, w_dtype, rng):
     x = strategies.exact_activations(rng, (3, 40), x_dtype)
     w = strategies.exact_activations(rng, (6, 40), w_dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import checks
 import pytest
+import strategies
 from hypothesis import given
 from hypothesis import strategies as st
-
-import checks
-import strategies
 
 
 @given(data=st.data())
@@ -33,7 +32,10 @@ def test_more_rows_than_a_block(fmt, dtype):
 
 def test_longer_than_a_panel(judged_fmt, dtype):
     """K beyond the longest panel of any target, so that sums continue in a second and third one."""
-    for M, N, K in [(9, 70, 8192 + judged_fmt.group_size), (17, 33, 16384 + 2 * judged_fmt.group_size)]:
+    for M, N, K in [
+        (9, 70, 8192 + judged_fmt.group_size),
+        (17, 33, 16384 + 2 * judged_fmt.group_size),
+    ]:
         checks.check_random(strategies.Problem(judged_fmt, dtype, M, N, K, seed=K, with_bias=True))
 
 

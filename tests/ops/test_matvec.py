@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 import checks
 import strategies
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @given(data=st.data())
@@ -21,14 +20,20 @@ def test_every_remainder_exactly(fmt, dtype):
 
 def test_long_rows_exactly(fmt, dtype):
     """K of 1024 at most keeps the sums exact; the count of groups is odd, or a power of two."""
-    for M, N, groups in [(1, 5, 1024 // fmt.group_size), (2, 33, 1024 // fmt.group_size - 1), (3, 2, 7)]:
+    for M, N, groups in [
+        (1, 5, 1024 // fmt.group_size),
+        (2, 33, 1024 // fmt.group_size - 1),
+        (3, 2, 7),
+    ]:
         checks.check_exact(fmt, dtype, M, N, groups * fmt.group_size)
 
 
 def test_many_stored_rows(fmt, dtype):
     """More rows of w than one thread takes at a time."""
     for M, N in [(1, 1057), (3, 530), (8, 300)]:
-        checks.check_random(strategies.Problem(fmt, dtype, M, N, 3 * fmt.group_size, seed=N, with_bias=True))
+        checks.check_random(
+            strategies.Problem(fmt, dtype, M, N, 3 * fmt.group_size, seed=N, with_bias=True)
+        )
 
 
 def test_long_sums(judged_fmt, dtype):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import checks
 import mlx.core as mx
 import numpy as np
-import pytest
-
-import checks
 import oracle
+import pytest
 import strategies
 from mlx_lowbit import ops
 from oracle import Weight
@@ -18,9 +17,15 @@ from strategies import Problem
 ROWS = (1, 3, 8, 21, 66)
 
 
-def product(fmt: Any, x: np.ndarray, w: Weight, layout: str = "contiguous", **more: Any) -> np.ndarray:
-    y = ops.quantized_matmul(strategies.lay_out(x, layout), *strategies.weight_arrays(w, layout),
-                             **strategies.format_keywords(fmt), **more)  # fmt: skip
+def product(
+    fmt: Any, x: np.ndarray, w: Weight, layout: str = "contiguous", **more: Any
+) -> np.ndarray:
+    y = ops.quantized_matmul(
+        strategies.lay_out(x, layout),
+        *strategies.weight_arrays(w, layout),
+        **strategies.format_keywords(fmt),
+        **more,
+    )
     return oracle.to_numpy(y)
 
 
@@ -43,9 +48,14 @@ def test_permuted_rows_permute_the_result(fmt, M, rng):
     rows, columns = rng.permutation(M), rng.permutation(53)
     plain = product(fmt, p.x, p.w)
     moved = product(fmt, p.x[rows], checks.rows_of(p.w, columns))
-    oracle.assert_close(oracle.to_mlx(moved), p.product()._replace(
-        **{k: v[rows][:, columns] for k, v in p.product()._asdict().items()}), p.K)  # fmt: skip
-    assert np.allclose(oracle.f64(moved), oracle.f64(plain)[rows][:, columns], rtol=2**-6, atol=1e-2)
+    oracle.assert_close(
+        oracle.to_mlx(moved),
+        p.product()._replace(**{k: v[rows][:, columns] for k, v in p.product()._asdict().items()}),
+        p.K,
+    )
+    assert np.allclose(
+        oracle.f64(moved), oracle.f64(plain)[rows][:, columns], rtol=2**-6, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("M", ROWS)
@@ -54,8 +64,9 @@ def test_permuted_groups_keep_the_product(fmt, dtype, M, rng):
     groups = 5
     x = strategies.exact_activations(rng, (M, groups * fmt.group_size), dtype)
     w = strategies.exact_weight(rng, fmt, 19, groups * fmt.group_size, dtype)
-    assert_same_bits(product(fmt, x, w),
-                     product(fmt, *checks.permute_groups(fmt, x, w, rng.permutation(groups))))  # fmt: skip
+    assert_same_bits(
+        product(fmt, x, w), product(fmt, *checks.permute_groups(fmt, x, w, rng.permutation(groups)))
+    )
 
 
 @pytest.mark.parametrize("power", [-3, 2])

@@ -6,26 +6,34 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 import oracle
+import pytest
 import strategies
 from corpora import corpora
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx_lowbit import ops
 from oracle import Weight
 
 
-def qqmm(fmt: Any, x: np.ndarray, w: Weight, layout: str = "contiguous", **optional: Any) -> mx.array:
-    return ops.qqmm(strategies.lay_out(x, layout), *strategies.weight_arrays(w, layout)[:2],
-                    **strategies.format_keywords(fmt), **strategies.optional(**optional))  # fmt: skip
+def qqmm(
+    fmt: Any, x: np.ndarray, w: Weight, layout: str = "contiguous", **optional: Any
+) -> mx.array:
+    return ops.qqmm(
+        strategies.lay_out(x, layout),
+        *strategies.weight_arrays(w, layout)[:2],
+        **strategies.format_keywords(fmt),
+        **strategies.optional(**optional),
+    )
 
 
 @given(data=st.data())
 def test_random_bits(qq_fmt, dtype, data):
     rng = np.random.default_rng(data.draw(strategies.seeds))
-    M, N = data.draw(st.one_of(strategies.few_rows, strategies.many_rows)), data.draw(strategies.columns)
+    M, N = (
+        data.draw(st.one_of(strategies.few_rows, strategies.many_rows)),
+        data.draw(strategies.columns),
+    )
     K = data.draw(strategies.depths(qq_fmt.group_size))
     x = strategies.activations(rng, (M, K), dtype)
     w = strategies.random_weight(rng, qq_fmt, N, K, dtype)
@@ -76,8 +84,10 @@ def test_every_row_count_exactly(qq_fmt, dtype):
         oracle.assert_equal(qqmm(qq_fmt, x, w, bias=bias), want)
 
 
-def exact_rows(rng: np.random.Generator, fmt: Any, shape: tuple[int, int], dtype: mx.Dtype) -> np.ndarray:
-    """Rows of {0, +-1, +-2, +-3, +-4, +-6} whose groups all hold a 6: scale one (or 1/64), no rounding."""
+def exact_rows(
+    rng: np.random.Generator, fmt: Any, shape: tuple[int, int], dtype: mx.Dtype
+) -> np.ndarray:
+    """Rows of {0, +-1, +-2, +-3, +-4, +-6} whose groups all hold a 6: quantized without loss."""
     x = rng.choice([0, 1, 2, 3, 4, 6], shape) * rng.choice([-1, 1], shape)
     x[:, :: fmt.group_size] = 6
     x = x.astype(np.float32).astype(oracle.NUMPY_DTYPE[dtype])
@@ -101,7 +111,7 @@ def test_rows_are_quantized_alone(qq_fmt, rng):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("M", [1, 5, 40])
 def test_bad_activations_reach_their_row(qq_fmt, dtype, value, M, rng):
-    """Quantizing cannot keep an infinity: its group is NaN, hence the row; other rows do not notice."""
+    """Quantizing cannot keep an infinity: its group is NaN, hence the row; no other row."""
     x = exact_rows(rng, qq_fmt, (M, 3 * qq_fmt.group_size), dtype)
     w = strategies.exact_weight(rng, qq_fmt, 14, x.shape[1], dtype)
     clean = oracle.f64(qqmm(qq_fmt, x, w))
@@ -134,6 +144,8 @@ def test_empty(qq_fmt, x_shape):
     rows = 0 if len(x_shape) == 2 and x_shape[0] == 3 else 7
     w = oracle.encode(qq_fmt, np.ones((7, 64), np.float32))
     w = Weight(*(None if a is None else a[:rows] for a in w))
-    y = ops.qqmm(mx.zeros(x_shape), *strategies.weight_arrays(w)[:2], **strategies.format_keywords(qq_fmt))
+    y = ops.qqmm(
+        mx.zeros(x_shape), *strategies.weight_arrays(w)[:2], **strategies.format_keywords(qq_fmt)
+    )
     mx.eval(y)
     assert y.shape == (*x_shape[:-1], rows)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 import strategies
 from mlx_lowbit import ops
 from oracle import Weight
@@ -24,7 +23,9 @@ def test_large_tensors(judged_fmt, dtype, shape, rng):
     got, want = quantized(judged_fmt, oracle.to_mlx(w)), oracle.encode(judged_fmt, w)
     for a, b in zip(got, want, strict=True):
         assert b is None or np.array_equal(oracle.bits_of(a), oracle.bits_of(b))
-    y = ops.dequantize(*strategies.weight_arrays(want), dtype=mx.float32, **strategies.format_keywords(judged_fmt))
+    y = ops.dequantize(
+        *strategies.weight_arrays(want), dtype=mx.float32, **strategies.format_keywords(judged_fmt)
+    )
     values = oracle.decode(judged_fmt, want)
     assert y.shape == shape
     assert np.abs(oracle.f64(y) - values).max() <= 2.0**-22 * np.abs(values).max()
@@ -32,7 +33,7 @@ def test_large_tensors(judged_fmt, dtype, shape, rng):
 
 @pytest.mark.parametrize("rows", range(1, 10))
 def test_odd_row_counts(fmt, rows, rng):
-    """MLX fails on nvfp4 where rows * K is not a multiple of 32; here any count of groups is right."""
+    """MLX fails on nvfp4 where rows * K is no multiple of 32; here any count of groups is right."""
     w = rng.standard_normal((rows, fmt.group_size)).astype(np.float32)
     got, want = quantized(fmt, mx.array(w)), oracle.encode(fmt, w)
     for a, b in zip(got, want, strict=True):
@@ -40,7 +41,9 @@ def test_odd_row_counts(fmt, rows, rng):
 
 
 def test_scales_have_the_dtype_of_w(affine_fmt, dtype):
-    q = ops.quantize(mx.ones((2, affine_fmt.group_size), dtype), **strategies.format_keywords(affine_fmt))
+    q = ops.quantize(
+        mx.ones((2, affine_fmt.group_size), dtype), **strategies.format_keywords(affine_fmt)
+    )
     assert (q[0].dtype, q[1].dtype, q[2].dtype) == (mx.uint32, dtype, dtype)
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 import strategies
 from mlx_lowbit import ops
 from oracle import Weight
@@ -17,8 +16,9 @@ ROWS = (1, 2, 7, 20, 65)
 
 
 def product(fmt: Any, x: np.ndarray, w: Weight, **more: Any) -> np.ndarray:
-    y = ops.quantized_matmul(oracle.to_mlx(x), *strategies.weight_arrays(w),
-                             **strategies.format_keywords(fmt), **more)  # fmt: skip
+    y = ops.quantized_matmul(
+        oracle.to_mlx(x), *strategies.weight_arrays(w), **strategies.format_keywords(fmt), **more
+    )
     return oracle.f64(y)
 
 
@@ -32,7 +32,7 @@ def reference(fmt: Any, x: np.ndarray, w: Weight) -> np.ndarray:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("M", ROWS)
 def test_one_bad_activation(fmt, dtype, value, M, rng):
-    """Only its row is touched; there, infinity gives +-infinity, or NaN where the weight is zero."""
+    """Only its row is touched; infinity gives +-infinity, or NaN where the weight is zero."""
     N, K = 35, 3 * fmt.group_size
     x = strategies.exact_activations(rng, (M, K), dtype)
     w = strategies.exact_weight(rng, fmt, N, K, dtype)
@@ -95,7 +95,9 @@ def test_float16_sums_may_pass_its_range(fmt, M, rng):
     """Partial sums beyond 65504 come back to a finite result; a result beyond it is infinite."""
     K = 2 * fmt.group_size
     w = strategies.exact_weight(rng, fmt, 9, K, mx.float16)
-    w = Weight(*(None if a is None else np.concatenate([a[:, : a.shape[1] // 2]] * 2, 1) for a in w))
+    w = Weight(
+        *(None if a is None else np.concatenate([a[:, : a.shape[1] // 2]] * 2, 1) for a in w)
+    )
     x = np.zeros((M, K), np.float16)
     first, second = slice(0, 8), slice(fmt.group_size, fmt.group_size + 8)
     x[:, first], x[:, second] = 32768, -32768

@@ -6,30 +6,42 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 import strategies
 from mlx_lowbit import ops
 from oracle import Weight
 
 
-def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
+def integers(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype = mx.float32
+) -> mx.array:
     return oracle.to_mlx(strategies.exact_activations(rng, shape, dtype))
 
 
-def assert_loop(f: Any, in_axes: tuple[int | None, ...], *arrays: mx.array, out_axes: int = 0) -> None:
+def assert_loop(
+    f: Any, in_axes: tuple[int | None, ...], *arrays: mx.array, out_axes: int = 0
+) -> None:
     """vmap(f) equals f applied to each slice, to the bit (the operands are exact)."""
     got = mx.vmap(f, in_axes=in_axes, out_axes=out_axes)(*arrays)
     count = next(a.shape[axis] for a, axis in zip(arrays, in_axes, strict=True) if axis is not None)
-    one = [f(*(a if axis is None else mx.take(a, i, axis) for a, axis in zip(arrays, in_axes, strict=True)))
-           for i in range(count)]  # fmt: skip
+    one = [
+        f(
+            *(
+                a if axis is None else mx.take(a, i, axis)
+                for a, axis in zip(arrays, in_axes, strict=True)
+            )
+        )
+        for i in range(count)
+    ]
     want = mx.stack(one, axis=out_axes)
     assert got.shape == want.shape and got.dtype == want.dtype
     assert mx.array_equal(got, want).item()
 
 
-def exact_arrays(fmt: Any, rng: np.random.Generator, N: int, batch: tuple[int, ...] = ()) -> list[mx.array]:
+def exact_arrays(
+    fmt: Any, rng: np.random.Generator, N: int, batch: tuple[int, ...] = ()
+) -> list[mx.array]:
     """words, scales (and biases) of an exact weight of two groups."""
     w = strategies.exact_weight(rng, fmt, N, 2 * fmt.group_size, mx.float32, batch)
     return [a for a in strategies.weight_arrays(w) if a is not None]
@@ -41,8 +53,15 @@ def test_vmap_over_x(fmt, axis, transpose, rng):
     K = 2 * fmt.group_size if transpose else 14
     x = mx.moveaxis(integers(rng, (5, 3, K)), 0, axis)
     weight, keywords = exact_arrays(fmt, rng, 14), strategies.format_keywords(fmt)
-    assert_loop(lambda x: ops.quantized_matmul(x, *weight, transpose=transpose, **keywords), (axis,), x)
-    assert_loop(lambda x: ops.quantized_matmul(x, *weight, transpose=transpose, **keywords), (axis,), x, out_axes=1)
+    assert_loop(
+        lambda x: ops.quantized_matmul(x, *weight, transpose=transpose, **keywords), (axis,), x
+    )
+    assert_loop(
+        lambda x: ops.quantized_matmul(x, *weight, transpose=transpose, **keywords),
+        (axis,),
+        x,
+        out_axes=1,
+    )
 
 
 def test_vmap_over_x_with_a_bias_or_of_vectors(fmt, rng):
@@ -109,10 +128,16 @@ def test_vmap_of_quantize_and_dequantize(fmt, rng):
     keywords = strategies.format_keywords(fmt)
     w = mx.array(rng.standard_normal((3, 4, 2 * fmt.group_size)).astype(np.float32))
     for part in range(3 if fmt.has_biases else 2):
-        assert_loop(lambda w, i=part: ops.quantize(w, nan_policy="propagate", **keywords)[i], (0,), w)
-        assert_loop(lambda w, i=part: ops.quantize(w, nan_policy="propagate", **keywords)[i], (1,), w)
+        assert_loop(
+            lambda w, i=part: ops.quantize(w, nan_policy="propagate", **keywords)[i], (0,), w
+        )
+        assert_loop(
+            lambda w, i=part: ops.quantize(w, nan_policy="propagate", **keywords)[i], (1,), w
+        )
     weight = exact_arrays(fmt, rng, 5, (3,))
-    assert_loop(lambda *a: ops.dequantize(*a, dtype=mx.float32, **keywords), (0,) * len(weight), *weight)
+    assert_loop(
+        lambda *a: ops.dequantize(*a, dtype=mx.float32, **keywords), (0,) * len(weight), *weight
+    )
 
 
 def test_vmap_of_linear(dtype, rng):
@@ -132,15 +157,27 @@ def every_op(fmt: Any, rng: np.random.Generator) -> dict[str, tuple[Any, list[mx
     x, tokens = integers(rng, (5, K)), integers(rng, (4, 1, K))
     rhs = mx.array([2, 0, 1, 2])
     found = {
-        "quantized_matmul": (lambda x, *w: ops.quantized_matmul(x, *w, bias=mx.arange(14.0), **keywords), [x, *weight]),
-        "untransposed": (lambda x, *w: ops.quantized_matmul(x, *w, transpose=False, **keywords), [x[:, :14], *weight]),
-        "gather_qmm": (lambda x, *w: ops.gather_qmm(x, *w, rhs_indices=rhs, **keywords), [tokens, *experts]),
+        "quantized_matmul": (
+            lambda x, *w: ops.quantized_matmul(x, *w, bias=mx.arange(14.0), **keywords),
+            [x, *weight],
+        ),
+        "untransposed": (
+            lambda x, *w: ops.quantized_matmul(x, *w, transpose=False, **keywords),
+            [x[:, :14], *weight],
+        ),
+        "gather_qmm": (
+            lambda x, *w: ops.gather_qmm(x, *w, rhs_indices=rhs, **keywords),
+            [tokens, *experts],
+        ),
         "dequantize": (lambda *w: ops.dequantize(*w, **keywords), weight),
         "quantize": (lambda x: ops.quantize(x, nan_policy="propagate", **keywords)[0], [x]),
     }
     if fmt.mode in strategies.QQ_MODES:
         found["qqmm"] = (lambda x, *w: ops.qqmm(x, *w, **keywords), [x, *weight])
-        found["gather_qqmm"] = (lambda x, *w: ops.gather_qqmm(x, *w, rhs_indices=rhs, **keywords), [tokens, *experts])
+        found["gather_qqmm"] = (
+            lambda x, *w: ops.gather_qqmm(x, *w, rhs_indices=rhs, **keywords),
+            [tokens, *experts],
+        )
     return found
 
 
@@ -176,23 +213,32 @@ def test_equal_inputs_different_ops_are_not_merged(fmt, rng):
     arrays, keywords = strategies.weight_arrays(w), strategies.format_keywords(fmt)
     values = oracle.decode(fmt, w)
     x = integers(rng, (3, K))
-    both = mx.compile(lambda x: (ops.quantized_matmul(x, *arrays, **keywords),
-                                 ops.quantized_matmul(x, *arrays, transpose=False, **keywords)))  # fmt: skip
+    both = mx.compile(
+        lambda x: (
+            ops.quantized_matmul(x, *arrays, **keywords),
+            ops.quantized_matmul(x, *arrays, transpose=False, **keywords),
+        )
+    )
     straight, crossed = both(x)
     oracle.assert_equal(straight, oracle.f64(x) @ values.T)
     oracle.assert_equal(crossed, oracle.f64(x) @ values)
 
 
 def test_formats_of_one_shape_are_not_merged(rng):
-    """mxfp4 and nvfp4 have the same words; with scales of one shape only the format tells them apart."""
+    """The same words as mxfp8 and as affine 8-bit: only the format tells the nodes apart."""
     from mlx_lowbit import formats
 
     fp8, affine = formats.get("mxfp8"), formats.get("affine", 8, 32)
     words = mx.array(rng.integers(0, 2**32, (8, 8), dtype=np.uint32) & np.uint32(0x3F3F3F3F))
     one = mx.full((8, 1), 127, mx.uint8)
-    both = mx.compile(lambda w: (ops.dequantize(w, one, dtype=mx.float32, **strategies.format_keywords(fp8)),
-                                 ops.dequantize(w, mx.ones((8, 1)), mx.zeros((8, 1)),
-                                                **strategies.format_keywords(affine))))  # fmt: skip
+    both = mx.compile(
+        lambda w: (
+            ops.dequantize(w, one, dtype=mx.float32, **strategies.format_keywords(fp8)),
+            ops.dequantize(
+                w, mx.ones((8, 1)), mx.zeros((8, 1)), **strategies.format_keywords(affine)
+            ),
+        )
+    )
     a, b = both(words)
     scale = np.full((8, 1), 127, np.uint8)
     oracle.assert_equal(a, oracle.decode(fp8, Weight(np.array(words), scale)))
@@ -208,4 +254,6 @@ def test_inputs_are_not_overwritten(judged_fmt, rng):
     shifted = x + 1
     y = ops.quantized_matmul(shifted, *arrays, **keywords)
     total = y + shifted
-    oracle.assert_equal(total, oracle.f64(x) + 1 + (oracle.f64(x) + 1) @ oracle.decode(judged_fmt, w).T)
+    oracle.assert_equal(
+        total, oracle.f64(x) + 1 + (oracle.f64(x) + 1) @ oracle.decode(judged_fmt, w).T
+    )

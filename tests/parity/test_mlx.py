@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import checks
 import mlx.core as mx
 import numpy as np
+import oracle
 import pytest
+import strategies
 from hypothesis import given
 from hypothesis import strategies as st
-
-import checks
-import oracle
-import strategies
 from mlx_lowbit import ops
 from strategies import Problem
 
@@ -44,8 +43,10 @@ def test_untransposed(fmt, M):
     p = Problem(fmt, mx.float32, M, 40, 2 * fmt.group_size, seed=M)
     arrays, keywords = strategies.weight_arrays(p.w), strategies.format_keywords(fmt)
     x = mx.random.normal((M, 40), key=mx.random.key(M))
-    assert_agree(ops.quantized_matmul(x, *arrays, transpose=False, **keywords),
-                 mx.quantized_matmul(x, *arrays, transpose=False, **keywords))  # fmt: skip
+    assert_agree(
+        ops.quantized_matmul(x, *arrays, transpose=False, **keywords),
+        mx.quantized_matmul(x, *arrays, transpose=False, **keywords),
+    )
 
 
 def test_shapes_and_dtypes(fmt, dtype):
@@ -55,7 +56,10 @@ def test_shapes_and_dtypes(fmt, dtype):
     w = mx.quantize(mx.random.normal((12, K)).astype(dtype), **keywords)
     for shape in [(K,), (1, K), (3, K), (2, 3, K), (2, 1, 3, K)]:
         x = mx.random.normal(shape).astype(dtype)
-        ours, theirs = ops.quantized_matmul(x, *w, **keywords), mx.quantized_matmul(x, *w, **keywords)
+        ours, theirs = (
+            ops.quantized_matmul(x, *w, **keywords),
+            mx.quantized_matmul(x, *w, **keywords),
+        )
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, shape
 
 
@@ -78,7 +82,9 @@ def test_dequantize(fmt, dtype):
     ours, theirs = ops.dequantize(*q, **keywords), mx.dequantize(*q, **keywords)
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     if fmt.has_biases:
-        assert mx.allclose(ours, theirs, rtol=0, atol=4 * oracle.ROUNDOFF[dtype] * float(theirs.abs().max())).item()
+        assert mx.allclose(
+            ours, theirs, rtol=0, atol=4 * oracle.ROUNDOFF[dtype] * float(theirs.abs().max())
+        ).item()
     else:
         assert mx.array_equal(ours, theirs).item()
 
@@ -86,7 +92,9 @@ def test_dequantize(fmt, dtype):
 def test_gradients(affine_fmt):
     """d x, d scales and d biases of MLX's op and of ours."""
     keywords = strategies.format_keywords(affine_fmt)
-    words, scales, biases = mx.quantize(mx.random.normal((24, 2 * affine_fmt.group_size)), **keywords)
+    words, scales, biases = mx.quantize(
+        mx.random.normal((24, 2 * affine_fmt.group_size)), **keywords
+    )
     x = mx.random.normal((5, 2 * affine_fmt.group_size))
 
     def grads(product) -> list[mx.array]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 
 import mlx.core as mx
-import pytest
-
 import mlx_lowbit
+import pytest
 import strategies
 from mlx_lowbit import _ext, ops
 
@@ -46,7 +45,9 @@ def test_kernel_changes_once_with_the_number_of_rows(fmt, dtype):
 
 def test_untransposed_is_a_matmul(fmt, dtype):
     x, *weight = operands(fmt, 1, dtype)
-    text = mlx_lowbit.explain(x[:, :64], *weight, transpose=False, **strategies.format_keywords(fmt))
+    text = mlx_lowbit.explain(
+        x[:, :64], *weight, transpose=False, **strategies.format_keywords(fmt)
+    )
     assert text.startswith("cpu/matmul"), text
 
 
@@ -97,7 +98,7 @@ def test_backend_decides(judged_fmt):
         assert mx.array_equal(ops.quantized_matmul(x + 1, *weight, **keywords), theirs).item()
         mlx_lowbit.set_backend("lowbit")
         assert mlx_lowbit.explain(x, *weight, **keywords).startswith("cpu/")
-        with pytest.raises(RuntimeError, match="quantized_matmul.*bits"):
+        with pytest.raises(RuntimeError, match=r"quantized_matmul.*bits"):
             ops.quantized_matmul(mx.zeros((2, 64)), *mx.quantize(mx.zeros((4, 64)), bits=1), bits=1)
     finally:
         mlx_lowbit.set_backend(before)

@@ -1,7 +1,8 @@
 """The small trained model that ships with the package, and the text it was trained on.
 
-``config.json``, ``model.safetensors`` and the tokenizer files beside this module are a Llama-shaped
-model over bytes: token ids 0 to 255 are byte values, ``END_OF_FILE`` ends a file.
+``config.json``, ``model.safetensors`` and the tokenizer files in ``DIRECTORY`` are a Llama-shaped
+model over bytes: token ids 0 to 255 are byte values, ``END_OF_FILE`` ends a file. They are kept in
+``benchmarks/demo_model`` and installed beside this module.
 ``benchmarks/train_demo_model.py`` made them from the sources of the Python standard library,
 leaving out the files for which :func:`is_held_out` holds. ``held_out.json`` lists those files,
 ``training.json`` says how it was trained.
@@ -17,7 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-DIRECTORY = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parents[2] if len(_PACKAGE.parents) > 2 else _PACKAGE
+# Installed beside this module; in a source checkout kept with the script that makes it.
+DIRECTORY = (
+    _PACKAGE if (_PACKAGE / "config.json").is_file() else _CHECKOUT / "benchmarks" / "demo_model"
+)
 END_OF_FILE = 256
 VOCABULARY = 257
 

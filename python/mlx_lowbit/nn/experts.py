@@ -7,8 +7,6 @@ with either one's class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as mlx_nn
 
@@ -26,26 +24,6 @@ from .layer import (
 )
 from .qqlinear import global_scales
 
-Product = Callable[[mx.array | None, mx.array | None], mx.array]
-
-
-def _scaled(layer: mlx_nn.Module, indices: mx.array, product: Product) -> mx.array:
-    """``product(global_scale, bias)`` of a switch layer, whose global scale may be one [E] for each
-    expert while the ops take one value.
-
-    The product then runs on the largest of them, so that no sum of a 16-bit dtype overflows for
-    want of a scale, and each expert's share of it (at most one) is applied in float32.
-    """
-    scale, bias = stored_global_scale(layer), layer.get("bias")
-    if scale is None or scale.ndim == 0:
-        return product(scale, bias)
-    largest = scale.max()
-    y = product(largest, None)
-    exact = y * (scale / largest)[indices][..., None, None]
-    if bias is not None:
-        exact = exact + bias[indices][..., None, :]
-    return exact.astype(y.dtype)
-
 
 class SwitchProduct(LowbitLayer):
     """One matrix of a stack [E, N, K] for every row of x, chosen by index; x is left as it is."""
@@ -58,20 +36,17 @@ class SwitchProduct(LowbitLayer):
         x [..., 1, K] and indices [...] into E, which broadcast against each other -> [..., 1, N].
         """
 
-        def product(global_scale: mx.array | None, bias: mx.array | None) -> mx.array:
-            return ops.gather_qmm(
-                x,
-                self["weight"],
-                self["scales"],
-                self.get("biases"),
-                rhs_indices=indices,
-                bias=bias,
-                sorted_indices=sorted_indices,
-                global_scale=global_scale,
-                **quantization(self),
-            )
-
-        return _scaled(self, indices, product)
+        return ops.gather_qmm(
+            x,
+            self["weight"],
+            self["scales"],
+            self.get("biases"),
+            rhs_indices=indices,
+            bias=self.get("bias"),
+            sorted_indices=sorted_indices,
+            global_scale=stored_global_scale(self),
+            **quantization(self),
+        )
 
     def _extra_repr(self) -> str:
         # mlx.nn.quantize leaves None here where it was called with the mode's defaults.
@@ -142,19 +117,16 @@ class QQSwitchProduct(SwitchProduct):
         x [..., 1, K] and indices [...] into E, which broadcast against each other -> [..., 1, N].
         """
 
-        def product(global_scale: mx.array | None, bias: mx.array | None) -> mx.array:
-            return ops.gather_qqmm(
-                x,
-                self["weight"],
-                self["scales"],
-                rhs_indices=indices,
-                bias=bias,
-                sorted_indices=sorted_indices,
-                **global_scales(global_scale),
-                **quantization(self),
-            )
-
-        return _scaled(self, indices, product)
+        return ops.gather_qqmm(
+            x,
+            self["weight"],
+            self["scales"],
+            rhs_indices=indices,
+            bias=self.get("bias"),
+            sorted_indices=sorted_indices,
+            **global_scales(stored_global_scale(self)),
+            **quantization(self),
+        )
 
     @classmethod
     def from_linear(

@@ -1,0 +1,99 @@
+// Codes in natural order as exact bfloat16, and products of codes and scales that are exact in
+// bfloat16 as well: e2m1 times e4m3, and anything times a power of two.
+#pragma once
+
+#include "load.h"
+
+LOWBIT_BEGIN
+
+// Codes that a table in registers maps to bfloat16: all but 6 bits.
+template <class Code>
+inline constexpr bool kHasExactCodes = Code::kBits == 8 || Code::kBits <= 5;
+
+// Up to 5 bits: 32 codes a lookup.
+template <class Code>
+struct ExactDecoder {
+  static constexpr int kStep = 32;
+  static constexpr float kOffset = kCentre<Code>;
+  pairs table;
+  ExactDecoder() {
+    bf16 value[32];
+    for (uint32_t i = 0; i < 32; i++)
+      value[i] = from_float<bf16>(Code::decode(i & ((1u << Code::kBits) - 1)) - kOffset);
+    table = load_pairs(value);
+  }
+
+  // Codes [k, k + kStep) of a row of `count`, less kOffset. Nothing beyond the row is read; what
+  // stands for it is code 0.
+  LOWBIT_FN void step(const uint8_t* row, int64_t k, int64_t count, pairs (&out)[1]) const {
+    const uint8_t* p = row + k * Code::kBits / 8;
+    if (count - k >= kStep) {
+      out[0] = lookup32(table, windows16<Code::kBits>(p));
+    } else {
+      alignas(64) uint8_t copy[64] = {};
+      std::memcpy(copy, p, size_t((count - k) * Code::kBits / 8));
+      out[0] = lookup32(table, windows16<Code::kBits>(copy));
+    }
+  }
+
+  // A whole row; `out` has room for whole vectors of 32.
+  void row(const uint8_t* p, int64_t count, bf16* out) const { store_row(*this, p, count, out); }
+};
+
+// 8 bits: 64 codes, as a low and a high byte each.
+template <class Code>
+  requires(Code::kBits == 8)
+struct ExactDecoder<Code> {
+  using Bytes = BytePairDecoder<Code>;
+  static constexpr int kStep = 64;
+  static constexpr float kOffset = Bytes::kOffset;
+  Bytes bytes;
+
+  LOWBIT_FN void step(const uint8_t* row, int64_t k, int64_t count, pairs (&out)[2]) const {
+    // Interleaving takes eight bytes of each sixteen at a time: this order makes it natural.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __mmask64 here = count - k < 64 ? (uint64_t(1) << (count - k)) - 1 : ~uint64_t(0);
+    const __m512i codes = _mm512_maskz_loadu_epi8(here, row + k);
+    const PairOfPairs decoded = bytes.decode(_mm512_permutexvar_epi64(order, codes));
+    out[0] = decoded.first, out[1] = decoded.second;
+  }
+
+  void row(const uint8_t* p, int64_t count, bf16* out) const { store_row(*this, p, count, out); }
+};
+
+template <class Decoder>
+inline void store_row(const Decoder& decoder, const uint8_t* p, int64_t count, bf16* out) {
+  for (int64_t k = 0; k < count; k += Decoder::kStep) {
+    pairs v[Decoder::kStep / 32];
+    decoder.step(p, k, count, v);
+    for (int i = 0; i < Decoder::kStep / 32 && k + i * 32 < count; i++)
+      _mm512_storeu_si512(out + k + i * 32, v[i]);
+  }
+}
+
+// Codes times the scales of a block format. Even and odd elements are multiplied as float32 and
+// put back side by side; a last half vector is filled with zeros.
+template <class F>
+struct FoldedDecoder {
+  using Codes = ExactDecoder<typename F::Code>;
+  static constexpr float kOffset = 0.0f;
+  Codes codes;
+
+  // scale: of the row's groups, kLanes readable beyond the last.
+  void row(const uint8_t* p, int64_t count, const float* scale, bf16* out) const {
+    for (int64_t k = 0; k < count; k += Codes::kStep) {
+      pairs v[Codes::kStep / 32];
+      codes.step(p, k, count, v);
+      for (int i = 0; i < Codes::kStep / 32 && k + i * 32 < count; i++) {
+        const float* s = scale + (k + i * 32) / F::kGroup;
+        f32 factor = splat(s[0]);
+        if constexpr (F::kGroup == 16) factor = _mm512_insertf32x8(factor, _mm256_set1_ps(s[1]), 1);
+        const f32 even = mul(as_f32(shl<16>(v[i])), factor);
+        const f32 odd = mul(as_f32(bit_and(v[i], splat_u(0xffff0000u))), factor);
+        _mm512_storeu_si512(out + k + i * 32, bit_or(shr<16>(as_u32(even)), as_u32(odd)));
+      }
+    }
+  }
+};
+
+LOWBIT_END
