@@ -23,8 +23,8 @@ struct ExactDecoder {
     table = load_pairs(value);
   }
 
-  // Codes [k, k + kStep) of a row of `count`, less kOffset. Nothing beyond the row is read; what
-  // stands for it is code 0.
+  // Codes [k, k + kStep) of a row of `count`, less kOffset. Nothing beyond the row is read;
+  // what stands for it is code 0.
   LOWBIT_FN void step(const uint8_t* row, int64_t k, int64_t count, pairs (&out)[1]) const {
     const uint8_t* p = row + k * Code::kBits / 8;
     if (count - k >= kStep) {
@@ -37,7 +37,9 @@ struct ExactDecoder {
   }
 
   // A whole row; `out` has room for whole vectors of 32.
-  void row(const uint8_t* p, int64_t count, bf16* out) const { store_row(*this, p, count, out); }
+  void row(const uint8_t* p, int64_t count, bf16* out) const {
+    store_row(*this, p, count, out);
+  }
 };
 
 // 8 bits: 64 codes, as a low and a high byte each.
@@ -58,7 +60,9 @@ struct ExactDecoder<Code> {
     out[0] = decoded.first, out[1] = decoded.second;
   }
 
-  void row(const uint8_t* p, int64_t count, bf16* out) const { store_row(*this, p, count, out); }
+  void row(const uint8_t* p, int64_t count, bf16* out) const {
+    store_row(*this, p, count, out);
+  }
 };
 
 template <class Decoder>
@@ -87,7 +91,8 @@ struct FoldedDecoder {
       for (int i = 0; i < Codes::kStep / 32 && k + i * 32 < count; i++) {
         const float* s = scale + (k + i * 32) / F::kGroup;
         f32 factor = splat(s[0]);
-        if constexpr (F::kGroup == 16) factor = _mm512_insertf32x8(factor, _mm256_set1_ps(s[1]), 1);
+        if constexpr (F::kGroup == 16)
+          factor = _mm512_insertf32x8(factor, _mm256_set1_ps(s[1]), 1);
         const f32 even = mul(as_f32(shl<16>(v[i])), factor);
         const f32 odd = mul(as_f32(bit_and(v[i], splat_u(0xffff0000u))), factor);
         _mm512_storeu_si512(out + k + i * 32, bit_or(shr<16>(as_u32(even)), as_u32(odd)));

@@ -25,13 +25,19 @@ inline void widen_bytes(const void* p, int64_t first, int64_t count, float* out)
   for (; i < count; i++) out[i] = Scale::decode(in[i]);
 }
 
-inline void load_scales(ScaleType type, const void* p, int64_t first, int64_t count, float* out) {
+inline void load_scales(ScaleType type, const void* p, int64_t first, int64_t count,
+                        float* out) {
   switch (type) {
-    case ScaleType::f32: return widen<float>(p, first, count, out);
-    case ScaleType::f16: return widen<f16>(p, first, count, out);
-    case ScaleType::bf16: return widen<bf16>(p, first, count, out);
-    case ScaleType::e8m0: return widen_bytes<E8m0>(p, first, count, out);
-    case ScaleType::e4m3: return widen_bytes<E4m3>(p, first, count, out);
+    case ScaleType::f32:
+      return widen<float>(p, first, count, out);
+    case ScaleType::f16:
+      return widen<f16>(p, first, count, out);
+    case ScaleType::bf16:
+      return widen<bf16>(p, first, count, out);
+    case ScaleType::e8m0:
+      return widen_bytes<E8m0>(p, first, count, out);
+    case ScaleType::e4m3:
+      return widen_bytes<E4m3>(p, first, count, out);
   }
 }
 

@@ -29,7 +29,7 @@ struct Activations {
   int64_t stride;
   const int64_t* index;
   int64_t count;
-  Format quantize;  // round-trip through this format first; Format::dense: leave as it is
+  Format quantize;     // round-trip through this format first; Format::dense: leave as it is
   float global_scale;  // nvfp4's global scale of x, or 0
 };
 
@@ -76,8 +76,8 @@ struct Kernels {
   void (*quantize)(Format, const void* w, Dtype, int64_t groups, float global_scale,
                    uint8_t* codes, void* scales, void* biases);
   // Decodes rows [begin, end) of `w`, times alpha, to dtype.
-  void (*dequantize)(Format, const Matrix& w, int64_t begin, int64_t end, float alpha, void* out,
-                     Dtype);
+  void (*dequantize)(Format, const Matrix& w, int64_t begin, int64_t end, float alpha,
+                     void* out, Dtype);
   // Row <- decode(encode(row)), `columns` elements, without the global factor.
   void (*round_trip)(Format, Dtype, float* row, int64_t columns, float global_scale);
 };
@@ -87,12 +87,12 @@ struct Target {
   const char* name;
   bool (*supported)();
   const Kernels& (*kernels)();
-  Arithmetic bf16;          // arithmetic for bfloat16 and quantized x
-  int64_t matvec_rows;      // largest M for matvec in float32 arithmetic
-  int64_t matvec_rows_bf16; // and in bfloat16 pairs
-  int64_t matvec_rows_tiles; // and with tiles, for the formats whose codes tiles take
-  int64_t panel_bytes;      // of decoded weights a matmul task keeps at hand
-  int row_block;            // rows of that panel
+  Arithmetic bf16;            // arithmetic for bfloat16 and quantized x
+  int64_t matvec_rows;        // largest M for matvec in float32 arithmetic
+  int64_t matvec_rows_bf16;   // and in bfloat16 pairs
+  int64_t matvec_rows_tiles;  // and with tiles, for the formats whose codes tiles take
+  int64_t panel_bytes;        // of decoded weights a matmul task keeps at hand
+  int row_block;              // rows of that panel
 };
 
 extern const Target kTargets[];

@@ -16,22 +16,27 @@ void quantize(Format, const void* w, Dtype, int64_t groups, float global_scale, 
               void* scales, void* biases);
 void dequantize(Format, const cpu::Matrix&, int64_t begin, int64_t end, float alpha, void* out,
                 Dtype);
-// Row <- decode(encode(row)), as a tensor of `dtype` would be quantized, without the factor that
-// the global scale stands for.
+// Row <- decode(encode(row)), as a tensor of `dtype` would be quantized, without the factor
+// that the global scale stands for.
 void round_trip(Format, Dtype, float* row, int64_t columns, float global_scale);
 const cpu::Kernels& kernels();
 
 // Calls f(tag) with tag.type the format's type.
-template <class T> struct Tag { using type = T; };
+template <class T>
+struct Tag {
+  using type = T;
+};
 
 template <class F>
 inline void visit(Format format, F&& f) {
   switch (format) {
 #define FORMAT(name, cpp_type, mode, bits, group, judged) \
-  case Format::name: return f(Tag<cpp_type>{});
+  case Format::name:                                      \
+    return f(Tag<cpp_type>{});
 #include "../formats/formats.def"
 #undef FORMAT
-    case Format::dense: return;
+    case Format::dense:
+      return;
   }
 }
 

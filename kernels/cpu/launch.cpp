@@ -30,7 +30,8 @@ void allocate(mx::array& out) {
   // would cost more than writing it (dequantize of 4096x4096: 14 ms, of them 9 in faults).
   constexpr size_t kHuge = size_t(2) << 20;
   if (out.nbytes() >= 2 * kHuge) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + kHuge - 1) & ~(kHuge - 1);
+    const uintptr_t begin =
+        (reinterpret_cast<uintptr_t>(out.data<char>()) + kHuge - 1) & ~(kHuge - 1);
     const uintptr_t end = reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes();
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
@@ -64,7 +65,8 @@ Matrix matrix_of(const ProductKind& kind, const ProductInputs& in, int64_t i) {
   m.columns = w.shape(-1) * int64_t(32) / f.bits;
   m.group_size = f.group_size;
   m.scale_type = scale_type(f, *in.scales);
-  const int64_t bytes = i * m.rows * (m.columns / f.group_size) * int64_t(in.scales->itemsize());
+  const int64_t bytes =
+      i * m.rows * (m.columns / f.group_size) * int64_t(in.scales->itemsize());
   m.scales = in.scales->data<char>() + bytes;
   if (in.biases) m.biases = in.biases->data<char>() + bytes;
   return m;
@@ -80,26 +82,33 @@ float alpha_of(const ProductInputs& in, int64_t i) {
 
 // One matrix and the rows of x that meet it.
 void run(const ProductKind& kind, Product p, const Pool& pool) {
-  const Problem problem{p.format,    p.x.dtype,    p.dense_dtype,
-                        p.x.count,   p.transpose ? p.w.rows : p.w.columns,
+  const Problem problem{p.format,
+                        p.x.dtype,
+                        p.dense_dtype,
+                        p.x.count,
+                        p.transpose ? p.w.rows : p.w.columns,
                         p.transpose ? p.w.columns : p.w.rows,
-                        p.transpose, kind.quantize_x};
+                        p.transpose,
+                        kind.quantize_x};
   const Target& t = target();
   const Plan plan = cpu::plan(problem, t);
-  const auto kernel = plan.kernel == Plan::Kernel::matvec ? t.kernels().matvec : t.kernels().matmul;
+  const auto kernel =
+      plan.kernel == Plan::Kernel::matvec ? t.kernels().matvec : t.kernels().matmul;
   kernel(p, plan, pool);
 }
 
 void fill_nan(const Result& y, int64_t row, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     const int64_t at = row * y.stride + i;
-    if (y.dtype == Dtype::f32) static_cast<float*>(y.y)[at] = __builtin_nanf("");
-    else static_cast<uint16_t*>(y.y)[at] = y.dtype == Dtype::bf16 ? 0x7fc0 : 0x7e00;
+    if (y.dtype == Dtype::f32)
+      static_cast<float*>(y.y)[at] = __builtin_nanf("");
+    else
+      static_cast<uint16_t*>(y.y)[at] = y.dtype == Dtype::bf16 ? 0x7fc0 : 0x7e00;
   }
 }
 
-// Pairs are grouped by expert; each expert's matrix then meets all its rows at once. A pair whose
-// index is out of range reads nothing and gives NaN.
+// Pairs are grouped by expert; each expert's matrix then meets all its rows at once. A pair
+// whose index is out of range reads nothing and gives NaN.
 void run_gather(const ProductKind& kind, const ProductInputs& in, Product p, const Pool& pool) {
   const ProductShape s = ProductShape::of(kind, in);
   const int64_t* lhs = in.lhs->data<int64_t>();
@@ -132,8 +141,7 @@ void run_gather(const ProductKind& kind, const ProductInputs& in, Product p, con
     p.y.alpha = alpha_of(in, e);
     p.x.index = x_rows.data() + first;
     p.y.index = y_rows.data() + first;
-    if (in.bias)
-      p.y.bias = in.bias->data<char>() + e * s.N * int64_t(in.bias->itemsize());
+    if (in.bias) p.y.bias = in.bias->data<char>() + e * s.N * int64_t(in.bias->itemsize());
     run(kind, p, pool);
   }
 }
@@ -144,8 +152,14 @@ std::optional<mx::array> weak(const std::optional<mx::array>& a) {
 }
 
 ProductInputs weak(const ProductInputs& in) {
-  return {mx::array::unsafe_weak_copy(in.x), mx::array::unsafe_weak_copy(in.w), weak(in.scales),
-          weak(in.biases), weak(in.bias), weak(in.global_x), weak(in.global_w), weak(in.lhs),
+  return {mx::array::unsafe_weak_copy(in.x),
+          mx::array::unsafe_weak_copy(in.w),
+          weak(in.scales),
+          weak(in.biases),
+          weak(in.bias),
+          weak(in.global_x),
+          weak(in.global_w),
+          weak(in.lhs),
           weak(in.rhs)};
 }
 
@@ -155,11 +169,20 @@ void execute(const ProductKind& kind, const ProductInputs& in, mx::array& out) {
   p.format = kind.format;
   if (kind.format == Format::dense) p.dense_dtype = dtype_of(in.w.dtype());
   p.transpose = kind.transpose;
-  p.x = {in.x.data<void>(), dtype_of(in.x.dtype()), s.K, nullptr, s.M,
-         kind.quantize_x ? kind.format : Format::dense, value_or(in.global_x, 0.0f)};
-  p.y = {out.data<void>(), dtype_of(out.dtype()), s.N, nullptr,
+  p.x = {in.x.data<void>(),
+         dtype_of(in.x.dtype()),
+         s.K,
+         nullptr,
+         s.M,
+         kind.quantize_x ? kind.format : Format::dense,
+         value_or(in.global_x, 0.0f)};
+  p.y = {out.data<void>(),
+         dtype_of(out.dtype()),
+         s.N,
+         nullptr,
          in.bias ? in.bias->data<void>() : nullptr,
-         in.bias ? dtype_of(in.bias->dtype()) : Dtype::f32, alpha_of(in, 0)};
+         in.bias ? dtype_of(in.bias->dtype()) : Dtype::f32,
+         alpha_of(in, 0)};
   const Lease lease;
   if (kind.gather) return run_gather(kind, in, p, lease.pool());
   p.w = matrix_of(kind, in, 0);
@@ -168,7 +191,8 @@ void execute(const ProductKind& kind, const ProductInputs& in, mx::array& out) {
 
 }  // namespace
 
-void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out, mx::Stream stream) {
+void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out,
+            mx::Stream stream) {
   allocate(out);
   mx::cpu::get_command_encoder(stream).dispatch(
       [kind, in = weak(in), out = mx::array::unsafe_weak_copy(out)]() mutable {
@@ -219,8 +243,8 @@ void launch_dequantize(Format format, const mx::array& w, const mx::array& scale
     const Lease lease;
     parallel_for(lease.pool(), (m.rows + block - 1) / block, [&](int64_t i, int) {
       const int64_t first = i * block;
-      target().kernels().dequantize(kind.format, m, first, std::min(first + block, m.rows), alpha,
-                                    in.x.data<char>() + first * row_bytes,
+      target().kernels().dequantize(kind.format, m, first, std::min(first + block, m.rows),
+                                    alpha, in.x.data<char>() + first * row_bytes,
                                     dtype_of(in.x.dtype()));
     });
   });

@@ -1,11 +1,11 @@
 // Packed codes to float32 or bfloat16 vectors: how each instruction set reads kernels/formats'
 // element types. The exhaustive tests hold every decoder equal to `Code::decode`.
 //
-// matvec reads codes in lane order: a chunk of kLanes windows, lane i holding kCount consecutive
-// codes in one word, so that one load serves kCount vectors, each a shift and a lookup away.
-// Vector v of a chunk then holds elements element(v, 0), element(v, 1), ...; activations are
-// stored in the same order once a call. All codes of a lane belong to one group, so scales are
-// applied once a chunk.
+// matvec reads codes in lane order: a chunk of kLanes windows, lane i holding kCount
+// consecutive codes in one word, so that one load serves kCount vectors, each a shift and a
+// lookup away. Vector v of a chunk then holds elements element(v, 0), element(v, 1), ...;
+// activations are stored in the same order once a call. All codes of a lane belong to one
+// group, so scales are applied once a chunk.
 //
 //   4-bit, 8 lanes, chunk of 64:   word i = codes 8i .. 8i+7
 //                                  vector v = codes v, 8+v, 16+v, .. 56+v
@@ -22,10 +22,12 @@
 
 LOWBIT_BEGIN
 
-// Affine codes are decoded relative to the middle of their range, and the group's bias is moved by
-// scale * centre: the partial sums stay small, which keeps float32 accumulation accurate.
-template <class Code> inline constexpr float kCentre = 0.0f;
-template <int B> inline constexpr float kCentre<Unsigned<B>> = float(1 << (B - 1));
+// Affine codes are decoded relative to the middle of their range, and the group's bias is moved
+// by scale * centre: the partial sums stay small, which keeps float32 accumulation accurate.
+template <class Code>
+inline constexpr float kCentre = 0.0f;
+template <int B>
+inline constexpr float kCentre<Unsigned<B>> = float(1 << (B - 1));
 
 template <class Code>
 struct CodeTable {
@@ -75,7 +77,8 @@ struct ToFloat<E8m0> {
   }
 };
 
-// ---- lane order, float32 ----------------------------------------------------------------------
+// ---- lane order, float32
+// ----------------------------------------------------------------------
 
 template <class C>
 struct LaneDecoder {
@@ -83,7 +86,8 @@ struct LaneDecoder {
   using Element = float;
   static constexpr bool kScaled = true;
   static constexpr int kCount = Code::kBits <= 4 ? 8 : 4;
-  static constexpr int kVectors = kCount, kWidth = kLanes;  // vectors a chunk, elements a vector
+  static constexpr int kVectors = kCount,
+                       kWidth = kLanes;  // vectors a chunk, elements a vector
   static constexpr int kChunk = kLanes * kCount, kBytes = kChunk * Code::kBits / 8;
   static constexpr int kRead = kReach<Code::kBits, kCount>;
   static constexpr float kOffset = kCentre<Code>;
@@ -93,13 +97,15 @@ struct LaneDecoder {
   ToFloat<Code> to_float;
   using Raw = u32;
   static LOWBIT_FN Raw read(const uint8_t* p) { return windows<Code::kBits, kCount>(p); }
-  template <int v> LOWBIT_FN f32 vector(const Raw& raw) const {
+  template <int v>
+  LOWBIT_FN f32 vector(const Raw& raw) const {
     return to_float(shr<v * Code::kBits>(raw));
   }
   static LOWBIT_FN f32 dot(f32 w, const float* x, f32 sum) { return fma(w, load(x), sum); }
 };
 
-// ---- dense rows -------------------------------------------------------------------------------
+// ---- dense rows
+// -------------------------------------------------------------------------------
 
 // Unquantized weights in stored order, through the same matvec: no codes, no scales.
 template <class T>
@@ -112,7 +118,10 @@ struct DenseDecoder {
   static constexpr int lane_begin(int) { return 0; }
   using Raw = const T*;
   static LOWBIT_FN Raw read(const uint8_t* p) { return reinterpret_cast<const T*>(p); }
-  template <int v> LOWBIT_FN f32 vector(Raw raw) const { return load(raw + v * kWidth); }
+  template <int v>
+  LOWBIT_FN f32 vector(Raw raw) const {
+    return load(raw + v * kWidth);
+  }
   static LOWBIT_FN f32 dot(f32 w, const float* x, f32 sum) { return fma(w, load(x), sum); }
 };
 
@@ -127,13 +136,17 @@ struct DensePairs {
   static constexpr int lane_begin(int) { return 0; }
   using Raw = const bf16*;
   static LOWBIT_FN Raw read(const uint8_t* p) { return reinterpret_cast<const bf16*>(p); }
-  template <int v> LOWBIT_FN pairs vector(Raw raw) const { return load_pairs(raw + v * kWidth); }
+  template <int v>
+  LOWBIT_FN pairs vector(Raw raw) const {
+    return load_pairs(raw + v * kWidth);
+  }
   static LOWBIT_FN f32 dot(pairs w, const bf16* x, f32 sum) {
     return lowbit::dot(w, load_pairs(x), sum);
   }
 };
 
-// ---- lane order, bfloat16 pairs ---------------------------------------------------------------
+// ---- lane order, bfloat16 pairs
+// ---------------------------------------------------------------
 
 // Up to 4 bits: 16-bit element i holds codes 4i .. 4i+3, looked up by their low five bits in a
 // table that repeats, so that nothing above the code needs masking.
@@ -159,7 +172,8 @@ struct PairDecoder {
   }
   using Raw = pairs;
   static LOWBIT_FN Raw read(const uint8_t* p) { return windows16<kCount * Code::kBits>(p); }
-  template <int v> LOWBIT_FN pairs vector(const Raw& raw) const {
+  template <int v>
+  LOWBIT_FN pairs vector(const Raw& raw) const {
     return lookup32(table, shr16<v * Code::kBits>(raw));
   }
   static LOWBIT_FN f32 dot(pairs w, const bf16* x, f32 sum) {
@@ -174,7 +188,8 @@ struct BytePairDecoder {
   using Element = bf16;
   static constexpr bool kScaled = true;
   static constexpr int kVectors = 2, kWidth = 2 * kLanes, kChunk = 64, kBytes = 64, kRead = 64;
-  // Centred between the two middle codes, so that value is symmetric and odd/2: exact in bfloat16.
+  // Centred between the two middle codes, so that value is symmetric and odd/2: exact in
+  // bfloat16.
   static constexpr float kOffset = kCentre<Code> == 0.0f ? 0.0f : kCentre<Code> - 0.5f;
   static constexpr bool kSymmetric = kOffset != 0.0f;
   static constexpr int element(int v, int i) { return 16 * (i / 8) + 8 * v + i % 8; }
@@ -193,7 +208,8 @@ struct BytePairDecoder {
   using Raw = PairOfPairs;
   LOWBIT_FN Raw decode(__m512i codes) const {
     if constexpr (kSymmetric) {
-      // q and 255-q have the same magnitude, 127.5 - min(q, 255-q); below the middle it is minus.
+      // q and 255-q have the same magnitude, 127.5 - min(q, 255-q); below the middle it is
+      // minus.
       const __m512i mirrored = _mm512_xor_si512(codes, _mm512_set1_epi8(-1));
       return lookup128(table, _mm512_min_epu8(codes, mirrored), mirrored);
     } else {
@@ -201,7 +217,8 @@ struct BytePairDecoder {
     }
   }
   LOWBIT_FN Raw read(const uint8_t* p) const { return decode(_mm512_loadu_si512(p)); }
-  template <int v> LOWBIT_FN pairs vector(const Raw& raw) const {
+  template <int v>
+  LOWBIT_FN pairs vector(const Raw& raw) const {
     return v == 0 ? raw.first : raw.second;
   }
   static LOWBIT_FN f32 dot(pairs w, const bf16* x, f32 sum) {
@@ -210,13 +227,20 @@ struct BytePairDecoder {
 };
 
 // Which decoder multiplies bfloat16 pairs; 5 and 6 bits stay with float32 lanes.
-template <class Code> struct PairsOf { using type = LaneDecoder<Code>; };
+template <class Code>
+struct PairsOf {
+  using type = LaneDecoder<Code>;
+};
 template <class Code>
   requires(Code::kBits <= 4)
-struct PairsOf<Code> { using type = PairDecoder<Code>; };
+struct PairsOf<Code> {
+  using type = PairDecoder<Code>;
+};
 template <class Code>
   requires(Code::kBits == 8)
-struct PairsOf<Code> { using type = BytePairDecoder<Code>; };
+struct PairsOf<Code> {
+  using type = BytePairDecoder<Code>;
+};
 
 #endif
 

@@ -1,13 +1,13 @@
-// matmul: many rows of x. A block of stored rows of W is decoded once into a panel that stays in
-// L2, and register tiles (mma.h) multiply it with x, which is packed once for all blocks.
+// matmul: many rows of x. A block of stored rows of W is decoded once into a panel that stays
+// in L2, and register tiles (mma.h) multiply it with x, which is packed once for all blocks.
 //
 //   for each     block of rows of x            packed in parallel, then
 //     tasks      blocks of stored rows of W    over the threads
 //       for each block of K                    decode the panel
 //         for each tile of tokens, tile of rows
 //
-// transpose=False swaps the roles: rows of x are the panel's rows, and decoded rows of W are what
-// lies side by side.
+// transpose=False swaps the roles: rows of x are the panel's rows, and decoded rows of W are
+// what lies side by side.
 #include "activations.h"
 #include "arena.h"
 #include "mma.h"
@@ -38,10 +38,10 @@ struct Matmul {
   const int64_t row_floats = Kp + kLanes;
   const DecodeFn<E> decode = decoder_of<E>(p.format, p.dense_dtype);
 
-  E* packed = nullptr;    // x: [tile of tokens][k / step][token][k % step]
-  E* panels = nullptr;    // per thread: [row_block][panel_ld]
-  float* sums = nullptr;  // per thread: [tile of tokens][tile of rows][kRows][kTokens]
-  float* rooms = nullptr; // per thread: a row of x; scales and biases; a row of the result
+  E* packed = nullptr;     // x: [tile of tokens][k / step][token][k % step]
+  E* panels = nullptr;     // per thread: [row_block][panel_ld]
+  float* sums = nullptr;   // per thread: [tile of tokens][tile of rows][kRows][kTokens]
+  float* rooms = nullptr;  // per thread: a row of x; scales and biases; a row of the result
 
   int64_t panel_size() const { return row_block * panel_ld; }
   int64_t sums_size() const { return m_block * row_block; }
@@ -74,7 +74,8 @@ struct Matmul {
     }
   }
 
-  // The panel of rows [n0, n0 + rows), elements [k0, k1) of K; zero up to whole tiles and steps.
+  // The panel of rows [n0, n0 + rows), elements [k0, k1) of K; zero up to whole tiles and
+  // steps.
   void fill(E* panel, int64_t n0, int64_t rows, int64_t k0, int64_t k1, float* room) const {
     const int64_t padded = up(k1 - k0, 32);
     for (int64_t r = 0; r < up(rows, Mma::kRows); r++) {
@@ -111,8 +112,8 @@ struct Matmul {
       for (int64_t t = 0; t < tokens; t += Mma::kTokens)
         for (int64_t i = 0; i < row_tiles; i++)
           multiply(panel + i * Mma::kRows * panel_ld, packed + t * Kp + k0 * Mma::kTokens,
-                   up(k1 - k0, 32), tokens - t,
-                   c + (t / Mma::kTokens * row_tiles + i) * kTile, k0 == 0);
+                   up(k1 - k0, 32), tokens - t, c + (t / Mma::kTokens * row_tiles + i) * kTile,
+                   k0 == 0);
     }
     Mma::end();
     for (int64_t t = 0; t < tokens; t++) {
@@ -163,7 +164,7 @@ struct MatmulN {
 
   void task(int64_t m0, int64_t n0, int thread) const {
     float* panel = panels + thread * kColumns * kDepth;  // [block][k][kTokens]
-    float* c = sums + thread * m_block * kColumns;       // [tile of rows][block][kRows][kTokens]
+    float* c = sums + thread * m_block * kColumns;  // [tile of rows][block][kRows][kTokens]
     float* room = rooms + thread * room_size();
     float* line = room + decode_room(kColumns, p.w.group_size);
     const int64_t columns = least(kColumns, N - n0), rows = least(m_block, M - m0);
@@ -183,7 +184,8 @@ struct MatmulN {
                                   k0 == 0);
     }
     for (int64_t m = 0; m < rows; m++) {
-      const float* from = c + m / Mma::kRows * Mma::kRows * kColumns + m % Mma::kRows * Mma::kTokens;
+      const float* from =
+          c + m / Mma::kRows * Mma::kRows * kColumns + m % Mma::kRows * Mma::kTokens;
       for (int64_t b = 0; b < kBlocks; b++)
         std::memcpy(line + b * Mma::kTokens, from + b * Mma::kRows * Mma::kTokens,
                     Mma::kTokens * sizeof(float));

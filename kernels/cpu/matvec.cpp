@@ -1,13 +1,13 @@
-// matvec: y = x W^T for a few rows of x. The packed weights stream once, whatever M is; each word
-// is decoded in registers and multiplied with all rows of x.
+// matvec: y = x W^T for a few rows of x. The packed weights stream once, whatever M is; each
+// word is decoded in registers and multiplied with all rows of x.
 //
 //   tasks        blocks of stored rows of W, over the threads
 //   for each     block of K that keeps the packed x in L1
 //     for each   R rows of W x T rows of x at a time, in registers:
 //                  sum[r][t] over a chunk of codes, then total[r][t] += scale * sum
 //
-// Affine biases enter as one dot product with the group sums of x. Since codes meet x before the
-// scale does, rows with extreme x (kernels/cpu/activations.h) take matmul instead.
+// Affine biases enter as one dot product with the group sums of x. Since codes meet x before
+// the scale does, rows with extreme x (kernels/cpu/activations.h) take matmul instead.
 #include <utility>
 
 #include "activations.h"
@@ -40,8 +40,8 @@ constexpr int64_t kL1Bytes = 32768;
 // Rows of x in a register tile that serves `count` of them.
 int64_t tile_tokens(int64_t count) { return count > 2 ? 4 : count; }
 
-// x as the decoder wants it: [token][chunk][vector][element], zero beyond K, and the sums of its
-// groups.
+// x as the decoder wants it: [token][chunk][vector][element], zero beyond K, and the sums of
+// its groups.
 template <class Decoder>
 struct PackedX {
   using Element = typename Decoder::Element;
@@ -50,7 +50,8 @@ struct PackedX {
   int64_t K, chunks, groups;
 
   PackedX(int64_t K, int group_size)
-      : K(K), chunks(up(K, Decoder::kChunk) / Decoder::kChunk),
+      : K(K),
+        chunks(up(K, Decoder::kChunk) / Decoder::kChunk),
         groups(group_size ? Groups::padded(K / group_size) : 0) {}
   int64_t row() const { return chunks * Decoder::kChunk; }
   size_t bytes(int64_t tokens) const {
@@ -77,8 +78,8 @@ struct PackedX {
   }
 };
 
-// Partial sums of R rows of W with T rows of x, over chunks [begin, end). Chunks from `whole` on
-// are copied first: they end beyond the row, or their loads could reach beyond the array.
+// Partial sums of R rows of W with T rows of x, over chunks [begin, end). Chunks from `whole`
+// on are copied first: they end beyond the row, or their loads could reach beyond the array.
 template <class Decoder, int R, int T>
 struct Tile {
   using Element = typename Decoder::Element;
@@ -103,7 +104,8 @@ struct Tile {
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = zero();
       multiply(raw, xc, sum, std::make_integer_sequence<int, Decoder::kVectors>());
-      const int64_t g = (c * Decoder::kChunk >> group_shift) - (c0 * Decoder::kChunk >> group_shift);
+      const int64_t g =
+          (c * Decoder::kChunk >> group_shift) - (c0 * Decoder::kChunk >> group_shift);
       for (int r = 0; r < R; r++) {
         const f32 s = permute(load(scale[r] + g), lane_group);
         for (int t = 0; t < T; t++) total[r][t] = fma(s, sum[r][t], total[r][t]);
@@ -119,7 +121,8 @@ struct Tile {
     (one<v>(raw, xc, sum), ...);
   }
   template <int v>
-  LOWBIT_FN void one(const typename Decoder::Raw (&raw)[R], const Element* xc, f32 (&sum)[R][T]) {
+  LOWBIT_FN void one(const typename Decoder::Raw (&raw)[R], const Element* xc,
+                     f32 (&sum)[R][T]) {
     for (int r = 0; r < R; r++) {
       const auto w = decoder.template vector<v>(raw[r]);
       for (int t = 0; t < T; t++)
@@ -144,7 +147,8 @@ struct Tile {
       if (c >= whole) [[unlikely]] {
         for (int r = 0; r < R; r++) {
           std::memset(copy[r], 0, sizeof copy[r]);
-          std::memcpy(copy[r], from[r], size_t(left < Decoder::kBytes ? left : Decoder::kBytes));
+          std::memcpy(copy[r], from[r],
+                      size_t(left < Decoder::kBytes ? left : Decoder::kBytes));
           from[r] = copy[r];
         }
       }
@@ -174,7 +178,8 @@ struct Matvec {
   }
 
   int64_t block_groups() const {
-    return Decoder::kScaled ? Groups::padded((k_chunks * Decoder::kChunk >> group_shift) + 1) : 0;
+    return Decoder::kScaled ? Groups::padded((k_chunks * Decoder::kChunk >> group_shift) + 1)
+                            : 0;
   }
   // Per thread: scales and biases of R rows, sums of a task's rows.
   int64_t floats(int T) const {
@@ -207,7 +212,8 @@ struct Matvec {
     }
     if constexpr (Decoder::kScaled) tile.lane_group = load(lane_group);
     const int64_t within = w.row_bytes / Decoder::kBytes;
-    const int64_t readable = (w.end - tile.codes[R - 1] - Decoder::kRead) / Decoder::kBytes + 1;
+    const int64_t left = w.end - tile.codes[R - 1] - Decoder::kRead;
+    const int64_t readable = left < 0 ? 0 : left / Decoder::kBytes + 1;
     tile.run(c0, c1, readable < within ? readable : within);
     for (int r = 0; r < R && r < count_rows; r++)
       for (int t = 0; t < T; t++) {
@@ -244,7 +250,8 @@ void run_tokens(const Matvec<Decoder>& m, int64_t token, int64_t tokens, const P
                 float* room) {
   const int64_t tasks = up(m.p.w.rows, m.plan.row_block) / m.plan.row_block;
   parallel_for(pool, tasks, [&](int64_t i, int thread) {
-    m.template task<T>(i * m.plan.row_block, token, tokens, room + thread * m.floats(kMaxTokens));
+    m.template task<T>(i * m.plan.row_block, token, tokens,
+                       room + thread * m.floats(kMaxTokens));
   });
 }
 
@@ -296,9 +303,14 @@ bool run_matvec(const Product& p, const Plan& plan, const Pool& pool) {
   for (int64_t t = 0; t < M; t += kMaxTokens) {
     const int64_t count = M - t < kMaxTokens ? M - t : kMaxTokens;
     switch (tile_tokens(count)) {
-      case 1: run_tokens<Decoder, 1>(m, t, count, pool, room); break;
-      case 2: run_tokens<Decoder, 2>(m, t, count, pool, room); break;
-      default: run_tokens<Decoder, 4>(m, t, count, pool, room);
+      case 1:
+        run_tokens<Decoder, 1>(m, t, count, pool, room);
+        break;
+      case 2:
+        run_tokens<Decoder, 2>(m, t, count, pool, room);
+        break;
+      default:
+        run_tokens<Decoder, 4>(m, t, count, pool, room);
     }
   }
   return true;
@@ -329,9 +341,12 @@ bool run_dense(const Product& p, const Plan& plan, const Pool& pool) {
     return run_matvec<DensePairs>(p, plan, pool);
 #endif
   switch (p.dense_dtype) {
-    case Dtype::f32: return run_matvec<DenseDecoder<float>>(p, plan, pool);
-    case Dtype::f16: return run_matvec<DenseDecoder<f16>>(p, plan, pool);
-    case Dtype::bf16: return run_matvec<DenseDecoder<bf16>>(p, plan, pool);
+    case Dtype::f32:
+      return run_matvec<DenseDecoder<float>>(p, plan, pool);
+    case Dtype::f16:
+      return run_matvec<DenseDecoder<f16>>(p, plan, pool);
+    case Dtype::bf16:
+      return run_matvec<DenseDecoder<bf16>>(p, plan, pool);
   }
   return false;
 }
@@ -343,9 +358,8 @@ void matvec(const Product& p, const Plan& plan, const Pool& pool) {
   if (p.format == Format::dense) {
     done = run_dense(p, plan, pool);
   } else {
-    visit(p.format, [&](auto tag) {
-      done = run_format<typename decltype(tag)::type>(p, plan, pool);
-    });
+    visit(p.format,
+          [&](auto tag) { done = run_format<typename decltype(tag)::type>(p, plan, pool); });
   }
   if (!done) matmul(p, plan, pool);
 }

@@ -1,8 +1,8 @@
 // matvec with tiles, for the few to a hundred rows of x between matvec's registers and matmul's
-// panels. Codes are exact in bfloat16, so tiles multiply codes with x and the scale is applied to
-// the 16 x 16 sums of each group: decoding is one table lookup for 32 codes, and no weight is
-// rounded. Float32 x is the exact sum of three bfloat16 and float16 x of two, so that tiles serve
-// them as well, with as many products.
+// panels. Codes are exact in bfloat16, so tiles multiply codes with x and the scale is applied
+// to the 16 x 16 sums of each group: decoding is one table lookup for 32 codes, and no weight
+// is rounded. Float32 x is the exact sum of three bfloat16 and float16 x of two, so that tiles
+// serve them as well, with as many products.
 //
 //   for each     16 stored rows of W, block of K
 //                  codes -> panel[16][k], in L1
@@ -10,8 +10,9 @@
 //                  C = panel x X over the group (1 to 4 steps of 32, times the parts of x)
 //                  sum[n] += scale[n] * C[n] + bias[n] * (group sum of x), n = 0..15
 //
-// nvfp4's groups of 16 are shorter than a tile's 32 along K; scale times code is exact in bfloat16
-// there, so its panel holds weights and a whole block of K counts as one group of scale 1.
+// nvfp4's groups of 16 are shorter than a tile's 32 along K; scale times code is exact in
+// bfloat16 there, so its panel holds weights and a whole block of K counts as one group of
+// scale 1.
 #pragma once
 
 #include "activations.h"
@@ -61,12 +62,12 @@ struct TileMatvec {
                     : p.x.dtype == Dtype::f16                                 ? 2
                                                                               : 3;
 
-  bf16* x = nullptr;          // [16 tokens][k/32][part][k/2 % 16][token][k%2]
-  float* x_sums = nullptr;    // [16 tokens][group][token]
-  float* rows = nullptr;      // per thread: kBlock elements of a row of x
-  bf16* panels = nullptr;     // per thread: [16][kLd]
-  float* scales = nullptr;    // per thread: [16][scale, bias][room_groups]
-  float* sums = nullptr;      // per thread: [16 tokens][16 rows][token]
+  bf16* x = nullptr;        // [16 tokens][k/32][part][k/2 % 16][token][k%2]
+  float* x_sums = nullptr;  // [16 tokens][group][token]
+  float* rows = nullptr;    // per thread: kBlock elements of a row of x
+  bf16* panels = nullptr;   // per thread: [16][kLd]
+  float* scales = nullptr;  // per thread: [16][scale, bias][room_groups]
+  float* sums = nullptr;    // per thread: [16 tokens][16 rows][token]
   bool extreme_x = false;
 
   size_t lay_out(Arena a) {
@@ -108,7 +109,8 @@ struct TileMatvec {
           bf16* to = out + (k * parts + part * 32) * 16 + t * 2;
           for (int64_t i = 0; i < 16; i++) std::memcpy(to + i * 32, rounded + 2 * i, 4);
           if (part + 1 == parts) break;
-          low = _mm512_sub_ps(low, load(rounded)), high = _mm512_sub_ps(high, load(rounded + 16));
+          low = _mm512_sub_ps(low, load(rounded)),
+          high = _mm512_sub_ps(high, load(rounded + 16));
         }
       }
     }
@@ -123,7 +125,8 @@ struct TileMatvec {
 
   // One group: C tile `c` = codes x X.
   template <int c>
-  LOWBIT_FN void multiply_group(const bf16* panel, const bf16* xb, int64_t g, int64_t end) const {
+  LOWBIT_FN void multiply_group(const bf16* panel, const bf16* xb, int64_t g,
+                                int64_t end) const {
     tiles::clear<c>();
     const int64_t last = (g + 1) * group < end ? (g + 1) * group : end;
     for (int64_t k = g * group; k < last; k += 32) {
@@ -172,7 +175,8 @@ struct TileMatvec {
     for (int n = 0; n < 16; n++) store(sum + n * 16, total[n]);
   }
 
-  // Rows of a task: many, so that the rows prefetched while 16 are in work are this thread's next.
+  // Rows of a task: many, so that the rows prefetched while 16 are in work are this thread's
+  // next.
   int64_t task_rows() const {
     const int64_t share = up((N + pool.threads * 4 - 1) / (pool.threads * 4), 16);
     return share < 128 ? share : 128;
@@ -190,7 +194,9 @@ struct TileMatvec {
     float* sum = sums + thread * blocks * 256;
     const int64_t count_rows = N - n0 < 16 ? N - n0 : 16;
     for (int64_t i = 0; i < blocks * 256; i++) sum[i] = 0.0f;
-    const auto stored_row = [&](int64_t n) { return n0 + (n < count_rows ? n : count_rows - 1); };
+    const auto stored_row = [&](int64_t n) {
+      return n0 + (n < count_rows ? n : count_rows - 1);
+    };
     for (int64_t n = 0; n < 16; n++) {
       float* s = scale + n * 2 * room_groups;
       Groups{s, p.w.biases ? s + room_groups : nullptr}.read(p.w, stored_row(n), 0,

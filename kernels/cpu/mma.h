@@ -1,14 +1,13 @@
-// Register tiles of matmul: C[kRows][kTokens] += W[kRows][K] * X[K][kTokens], W as rows of a panel
-// (K contiguous), X packed with kTokens neighbours side by side:
+// Register tiles of matmul: C[kRows][kTokens] += W[kRows][K] * X[K][kTokens], W as rows of a
+// panel (K contiguous), X packed with kTokens neighbours side by side:
 //
-//   float32    X[k][token]                one fused multiply-add a row, a vector of tokens and k
-//   bfloat16   X[k/2][token][k%2]         the same with pairs: one instruction for two k
+//   float32    X[k][token]                one fused multiply-add a row, a vector of tokens and
+//   k bfloat16   X[k/2][token][k%2]         the same with pairs: one instruction for two k
 //   tiles      X[k/2][token][k%2]         16 rows x 32 k times 32 k x 16 tokens at once
 //
-// C is float32 [kRows][kTokens], contiguous; `first` overwrites what is there. Sums start from zero
-// in every call and are added to C at its end: chains no longer than a block of K keep float32
-// errors small.
-// `vectors` says how many of the two vectors of tokens are in use.
+// C is float32 [kRows][kTokens], contiguous; `first` overwrites what is there. Sums start from
+// zero in every call and are added to C at its end: chains no longer than a block of K keep
+// float32 errors small. `vectors` says how many of the two vectors of tokens are in use.
 #pragma once
 
 #include "panel.h"
@@ -33,8 +32,7 @@ struct FloatMma {
   static void run(const float* w, int64_t ld, const float* x, int64_t K, float* c, bool first) {
     f32 sum[kRows][V];
     for (int r = 0; r < kRows; r++)
-      for (int v = 0; v < V; v++)
-        sum[r][v] = zero();
+      for (int v = 0; v < V; v++) sum[r][v] = zero();
     for (int64_t k = 0; k < K; k++) {
       f32 xv[V];
       for (int v = 0; v < V; v++) xv[v] = load(x + k * kTokens + v * kLanes);
@@ -63,8 +61,7 @@ struct PairMma {
   static void run(const bf16* w, int64_t ld, const bf16* x, int64_t K, float* c, bool first) {
     f32 sum[kRows][V];
     for (int r = 0; r < kRows; r++)
-      for (int v = 0; v < V; v++)
-        sum[r][v] = zero();
+      for (int v = 0; v < V; v++) sum[r][v] = zero();
     for (int64_t k = 0; k < K; k += 2) {
       pairs xv[V];
       for (int v = 0; v < V; v++) xv[v] = load_pairs(x + (k * kLanes + v * kLanes) * 2);

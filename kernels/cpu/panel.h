@@ -35,9 +35,9 @@ struct NaturalDecoder {
   }
 };
 
-// Elements [k0, k1) of stored row `row`, k0 a multiple of the group size and k1 too; `groups` holds
-// their scales and biases. emit(k - k0, vector) receives kLanes elements at a time. `Centred`:
-// biases were moved to the middle of the codes' range (Groups::read with kCentre).
+// Elements [k0, k1) of stored row `row`, k0 a multiple of the group size and k1 too; `groups`
+// holds their scales and biases. emit(k - k0, vector) receives kLanes elements at a time.
+// `Centred`: biases were moved to the middle of the codes' range (Groups::read with kCentre).
 template <bool Centred, class F, class Emit>
 inline void decode_row(const NaturalDecoder<F>& decoder, const cpu::Matrix& w, int64_t row,
                        int64_t k0, int64_t k1, const Groups& groups, Emit&& emit) {
@@ -52,8 +52,10 @@ inline void decode_row(const NaturalDecoder<F>& decoder, const cpu::Matrix& w, i
     const auto value = [&](f32 q) {
       if constexpr (!Centred && kCentre<typename F::Code> != 0.0f)
         q = add(q, splat(kCentre<typename F::Code>));
-      if constexpr (F::kHasBias) return fma(q, scale, splat(groups.bias[g]));
-      else return mul(q, scale);
+      if constexpr (F::kHasBias)
+        return fma(q, scale, splat(groups.bias[g]));
+      else
+        return mul(q, scale);
     };
     emit(u * D::kUnit, value(decoder.template codes<0>(from)));
     if constexpr (D::kVectors == 2)
@@ -69,16 +71,21 @@ inline void decode_row(const NaturalDecoder<F>& decoder, const cpu::Matrix& w, i
 }
 
 // Denormals may become zero: bfloat16 products read them as zero anyhow.
-template <class T> LOWBIT_FN void store_normal(T* p, f32 x) { store(p, x); }
+template <class T>
+LOWBIT_FN void store_normal(T* p, f32 x) {
+  store(p, x);
+}
 #if defined(__AVX512BF16__)
-template <> LOWBIT_FN void store_normal(bf16* p, f32 x) {
+template <>
+LOWBIT_FN void store_normal(bf16* p, f32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 }
 #endif
 
 // The rows of a dense matrix in the same way.
 template <class T, class Emit>
-inline void convert_row(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1, Emit&& emit) {
+inline void convert_row(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1,
+                        Emit&& emit) {
   const T* p = reinterpret_cast<const T*>(w.codes + row * w.row_bytes) + k0;
   int64_t k = 0;
   for (; k + kLanes <= k1 - k0; k += kLanes) emit(k, load(p + k));
@@ -109,7 +116,8 @@ inline void decode_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1,
 #endif
   static const NaturalDecoder<F> decoder;
   groups.read(w, row, k0 / F::kGroup, count, kCentre<typename F::Code>);
-  decode_row<true>(decoder, w, row, k0, k1, groups, [&](int64_t k, f32 v) { store_normal(out + k, v); });
+  decode_row<true>(decoder, w, row, k0, k1, groups,
+                   [&](int64_t k, f32 v) { store_normal(out + k, v); });
 }
 
 template <class T, class Out>
@@ -124,9 +132,12 @@ inline DecodeFn<Out> decoder_of(Format format, Dtype dense) {
   visit(format, [&](auto tag) { fn = decode_to<typename decltype(tag)::type, Out>; });
   if (fn) return fn;
   switch (dense) {
-    case Dtype::f32: return convert_to<float, Out>;
-    case Dtype::f16: return convert_to<f16, Out>;
-    case Dtype::bf16: return convert_to<bf16, Out>;
+    case Dtype::f32:
+      return convert_to<float, Out>;
+    case Dtype::f16:
+      return convert_to<f16, Out>;
+    case Dtype::bf16:
+      return convert_to<bf16, Out>;
   }
   return nullptr;
 }

@@ -15,8 +15,8 @@
 
 namespace lowbit {
 
-#define LOWBIT_CPU_TARGET(name) \
-  namespace name {              \
+#define LOWBIT_CPU_TARGET(name)  \
+  namespace name {               \
   const cpu::Kernels& kernels(); \
   }
 #include "targets.def"
@@ -34,8 +34,8 @@ namespace {
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
 }
 [[maybe_unused]] bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return has_avx2() && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 [[maybe_unused]] bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
@@ -59,18 +59,23 @@ namespace {
 }  // namespace
 
 // matvec_rows       largest M at which streaming codes through registers beats the alternatives
-// panel_bytes       a task's panel of decoded weights, with room in L2 for the packed x beside it
+// panel_bytes       a task's panel of decoded weights, with room in L2 for the packed x beside
+// it
 //
 // Measured 2026-11-22, K = N = 4096, 4-bit, g64, two threads, weights in L3, ms:
-//   Xeon with AMX, 2.6 GHz     M = 1 pairs 0.43, float32 lanes 0.40; M = 4 pairs 1.13, tiles 1.05;
+//   Xeon with AMX, 2.6 GHz     M = 1 pairs 0.43, float32 lanes 0.40; M = 4 pairs 1.13,
+//   tiles 1.05;
 //                              M = 16 tiles 1.12, matmul 1.5; M = 64 tiles 3.3, matmul 2.4;
 //                              M = 512 panel 64 x 4096 12.2 to 18, 128 x 2048 11.7
-//   Zen 4, 3.6 GHz             M = 1 pairs 0.20, float32 lanes 0.35; M = 8 pairs 1.3, matmul 2.0
+//   Zen 4, 3.6 GHz             M = 1 pairs 0.20, float32 lanes 0.35; M = 8 pairs 1.3,
+//   matmul 2.0
 const Target kTargets[] = {
 #if defined(__x86_64__)
-    // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, pairs, tiles), panel
+    // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, pairs, tiles),
+    // panel
     {"amx", has_amx, amx::kernels, Arithmetic::tiles, 4, 2, 32, 512 << 10, 128},
-    {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 0, 512 << 10, 64},
+    {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 0,
+     512 << 10, 64},
     {"avx512", has_avx512, avx512::kernels, Arithmetic::f32, 8, 8, 0, 512 << 10, 64},
     {"avx2", has_avx2, avx2::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
 #endif
@@ -80,7 +85,8 @@ const Target kTargets[] = {
     {"generic", always, generic::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
 #if defined(LOWBIT_EMULATED_TARGET)
     // Never chosen by itself: the tile kernels with tiles in plain C++, for tests.
-    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 4, 2, 32, 512 << 10, 128},
+    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 4, 2, 32,
+     512 << 10, 128},
 #endif
 };
 const int kTargetCount = int(sizeof(kTargets) / sizeof(kTargets[0]));
@@ -131,9 +137,9 @@ Plan plan(const Problem& p, const Target& t) {
   }
   const bool wide = plan.arithmetic == Arithmetic::f32;
   plan.row_block = plan.kernel == Plan::Kernel::matvec ? 32 : t.row_block;
-  // The longest block of K, whole groups of any format, that keeps a panel within panel_bytes; in
-  // float32 also short enough for its sums' rounding. matvec needs it too: it hands extreme x to
-  // matmul.
+  // The longest block of K, whole groups of any format, that keeps a panel within panel_bytes;
+  // in float32 also short enough for its sums' rounding. matvec needs it too: it hands extreme
+  // x to matmul.
   plan.k_block = t.panel_bytes / (t.row_block * (wide ? 4 : 2)) / 128 * 128;
   if (wide && plan.k_block > 512) plan.k_block = 512;
   plan.m_block = 512;

@@ -88,8 +88,10 @@ class Workers {
     if (asleep_.load(std::memory_order_acquire) > 0) wake_.notify_all();
     take_tasks(0);
     for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) {
-      if (spins < kSpins) pause();
-      else std::this_thread::yield();
+      if (spins < kSpins)
+        pause();
+      else
+        std::this_thread::yield();
     }
   }
 
@@ -149,8 +151,8 @@ Workers& all_workers() {
   return *workers;
 }
 
-// Scratch memory of the calling thread; kept between calls up to a limit, since fresh pages cost
-// more than most products.
+// Scratch memory of the calling thread; kept between calls up to a limit, since fresh pages
+// cost more than most products.
 struct Scratch {
   static constexpr size_t kKeep = size_t(256) << 20;
   void* memory = nullptr;

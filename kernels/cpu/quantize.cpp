@@ -36,13 +36,15 @@ bool all_finite(const float* w) {
   return bad == 0;
 }
 
-// A float's bits as an integer of the same order. Integer minima and maxima vectorize; float ones
-// would have to settle the order of NaN and of signed zeros first.
+// A float's bits as an integer of the same order. Integer minima and maxima vectorize; float
+// ones would have to settle the order of NaN and of signed zeros first.
 LOWBIT_FN int32_t ordered(float x) {
   const int32_t b = int32_t(to_bits(x));
   return b ^ (b >> 31 & 0x7fffffff);
 }
-LOWBIT_FN float from_ordered(int32_t o) { return from_bits(uint32_t(o ^ (o >> 31 & 0x7fffffff))); }
+LOWBIT_FN float from_ordered(int32_t o) {
+  return from_bits(uint32_t(o ^ (o >> 31 & 0x7fffffff)));
+}
 
 constexpr int64_t kPiece = 2048;  // elements handled at a time, whole groups
 
@@ -56,8 +58,8 @@ void pack_group(const uint8_t* codes, int64_t group, uint8_t* out) {
   for (int i = 0; i < F::kGroup / 8; i++) pack8<F::kBits>(codes + 8 * i, out + i * F::kBits);
 }
 
-// x: the groups' values. Affine arithmetic is float32 whatever the dtype of w; scales and biases
-// come out as float32 and are rounded by the caller.
+// x: the groups' values. Affine arithmetic is float32 whatever the dtype of w; scales and
+// biases come out as float32 and are rounded by the caller.
 template <class F>
 void quantize_affine(const float* x, int64_t groups, uint8_t* codes, float* scales,
                      float* biases) {
@@ -77,8 +79,8 @@ void quantize_affine(const float* x, int64_t groups, uint8_t* codes, float* scal
   }
 }
 
-// Scale bytes of a piece's groups, and what their elements are normalized by. A pass of its own, so
-// that the arithmetic of scales is vectorized over groups.
+// Scale bytes of a piece's groups, and what their elements are normalized by. A pass of its
+// own, so that the arithmetic of scales is vectorized over groups.
 template <class F, class T>
 void fit_blocks(const float* x, int64_t groups, float enlarge, uint8_t* scales, float* steps) {
   float largest[kPiece / F::kGroup];
@@ -154,15 +156,19 @@ void decode_piece(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1, flo
   groups.read(w, row, k0 / F::kGroup, count, 0.0f);
   if (alpha != 1.0f)
     for (int64_t g = 0; g < count; g++) scale[g] *= alpha;
-  decode_row<false>(decoder, w, row, k0, k1, groups, [&](int64_t k, f32 v) { store(out + k, v); });
+  decode_row<false>(decoder, w, row, k0, k1, groups,
+                    [&](int64_t k, f32 v) { store(out + k, v); });
 }
 
 template <class F>
 void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f32: return f(float{});
-    case Dtype::f16: return f(f16{});
-    case Dtype::bf16: return f(bf16{});
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f16:
+      return f(f16{});
+    case Dtype::bf16:
+      return f(bf16{});
   }
 }
 
@@ -183,7 +189,8 @@ void quantize(Format format, const void* w, Dtype dtype, int64_t groups, float g
           narrow(scale, count, static_cast<T*>(scales) + g);
           narrow(bias, count, static_cast<T*>(biases) + g);
         } else {
-          quantize_blocks<F, T>(x, count, global_scale, codes, static_cast<uint8_t*>(scales) + g);
+          quantize_blocks<F, T>(x, count, global_scale, codes,
+                                static_cast<uint8_t*>(scales) + g);
         }
       });
     }

@@ -1,5 +1,5 @@
-// One vector vocabulary for all instruction sets. A target's header defines, in the target's own
-// namespace:
+// One vector vocabulary for all instruction sets. A target's header defines, in the target's
+// own namespace:
 //
 //   kLanes                      float32 lanes of a vector
 //   f32, u32                    vectors of kLanes floats, kLanes 32-bit words
@@ -11,7 +11,8 @@
 //   Table16, table16(p)         16 floats, looked up by the low four bits of each word
 //   windows<bits, count>(p)     lane i: the 32-bit word that begins at bit i*count*bits of p;
 //                               what lies above count*bits is left in place
-//                               (four-lane targets take the bit to start at as a third argument)
+//                               (four-lane targets take the bit to start at as a third
+//                               argument)
 //   kReach<bits, count>         bytes from p that `windows` may read
 //
 // avx512bf16 and amx add bfloat16 pairs (simd_bf16.h), amx adds tiles (simd_amx.h).
@@ -41,13 +42,19 @@ LOWBIT_FN float to_float(f16 x) {
   return from_bits(sign | to_bits(from_bits(low << 13) * 0x1p112f));
 }
 
-template <class T> LOWBIT_FN T from_float(float x);
-template <> LOWBIT_FN float from_float<float>(float x) { return x; }
-template <> LOWBIT_FN bf16 from_float<bf16>(float x) {
+template <class T>
+LOWBIT_FN T from_float(float x);
+template <>
+LOWBIT_FN float from_float<float>(float x) {
+  return x;
+}
+template <>
+LOWBIT_FN bf16 from_float<bf16>(float x) {
   const uint32_t b = to_bits(x), rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
   return {uint16_t((b & 0x7fffffff) > 0x7f800000 ? (b >> 16 | 0x40) : rounded)};
 }
-template <> LOWBIT_FN f16 from_float<f16>(float x) {
+template <>
+LOWBIT_FN f16 from_float<f16>(float x) {
   // Selects, not branches, so that loops over it vectorize.
   const uint32_t b = to_bits(x), sign = b >> 16 & 0x8000, a = b & 0x7fffffff;
   // Below 2^-14 the sum with 2^-1 leaves the subnormal's bits; above, round and rebase.
@@ -61,12 +68,14 @@ template <> LOWBIT_FN f16 from_float<f16>(float x) {
 
 LOWBIT_END
 
-#if defined(__AVX512BW__)
+#if defined(LOWBIT_PLAIN)
+#include "simd_generic.h"
+#elif defined(__AVX512BW__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 #elif defined(__ARM_NEON)
 #include "simd_neon.h"
 #else
-#include "simd_generic.h"
+#error "a target without instruction set: define LOWBIT_PLAIN"
 #endif

@@ -1,8 +1,8 @@
-// AMX tiles: eight registers of 16 rows of 64 bytes. A product adds A (16 rows of 32 bfloat16 along
-// K) times B (16 pairs along K, each with 16 columns) to C (16 x 16 float32).
+// AMX tiles: eight registers of 16 rows of 64 bytes. A product adds A (16 rows of 32 bfloat16
+// along K) times B (16 pairs along K, each with 16 columns) to C (16 x 16 float32).
 //
-// With LOWBIT_EMULATE_TILES the same names run in plain C++, so that machines without AMX test the
-// packing, the loops and the remainders around the tiles.
+// With LOWBIT_EMULATE_TILES the same names run in plain C++, so that machines without AMX test
+// the packing, the loops and the remainders around the tiles.
 #pragma once
 
 #include "simd_bf16.h"
@@ -20,16 +20,22 @@ inline thread_local Register registers[8];
 
 inline void configure() {}
 inline void release() {}
-template <int t> LOWBIT_FN void clear() { std::memset(&registers[t], 0, sizeof(Register)); }
-template <int t> LOWBIT_FN void load(const void* p, size_t stride) {
+template <int t>
+LOWBIT_FN void clear() {
+  std::memset(&registers[t], 0, sizeof(Register));
+}
+template <int t>
+LOWBIT_FN void load(const void* p, size_t stride) {
   for (int i = 0; i < 16; i++)
     std::memcpy(registers[t].row[i], static_cast<const char*>(p) + i * stride, 64);
 }
-template <int t> LOWBIT_FN void store(void* p, size_t stride) {
+template <int t>
+LOWBIT_FN void store(void* p, size_t stride) {
   for (int i = 0; i < 16; i++)
     std::memcpy(static_cast<char*>(p) + i * stride, registers[t].row[i], 64);
 }
-template <int c, int a, int b> LOWBIT_FN void multiply() {
+template <int c, int a, int b>
+LOWBIT_FN void multiply() {
   for (int m = 0; m < 16; m++) {
     f32 sum = lowbit::load(registers[c].row[m]);
     for (int k = 0; k < 16; k++)
@@ -49,20 +55,27 @@ struct alignas(64) Config {
 
 inline void configure() {
   const Config config;
-  // gcc 12 gives _tile_loadconfig a memory operand that is too small and drops the stores above.
+  // gcc 12 gives _tile_loadconfig a memory operand that is too small and drops the stores
+  // above.
   asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 inline void release() { _tile_release(); }
 // Written out, since gcc's macros want literal register numbers.
-template <int t> LOWBIT_FN void clear() { asm volatile("tilezero %%tmm%c0" ::"i"(t)); }
-template <int t> LOWBIT_FN void load(const void* p, size_t stride) {
+template <int t>
+LOWBIT_FN void clear() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(t));
+}
+template <int t>
+LOWBIT_FN void load(const void* p, size_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
 }
-template <int t> LOWBIT_FN void store(void* p, size_t stride) {
+template <int t>
+LOWBIT_FN void store(void* p, size_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(t) : "memory");
 }
-template <int c, int a, int b> LOWBIT_FN void multiply() {
+template <int c, int a, int b>
+LOWBIT_FN void multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 

@@ -12,7 +12,9 @@ using u32 = __m256i;
 LOWBIT_FN f32 zero() { return _mm256_setzero_ps(); }
 LOWBIT_FN f32 splat(float x) { return _mm256_set1_ps(x); }
 LOWBIT_FN u32 splat_u(uint32_t x) { return _mm256_set1_epi32(int(x)); }
-LOWBIT_FN __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+LOWBIT_FN __m128i load128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
 LOWBIT_FN f32 load(const float* p) { return _mm256_loadu_ps(p); }
 LOWBIT_FN u32 load(const uint32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -48,9 +50,18 @@ LOWBIT_FN float reduce(f32 x) {
 LOWBIT_FN u32 as_u32(f32 x) { return _mm256_castps_si256(x); }
 LOWBIT_FN f32 as_f32(u32 x) { return _mm256_castsi256_ps(x); }
 LOWBIT_FN f32 from_int(u32 x) { return _mm256_cvtepi32_ps(x); }
-template <int n> LOWBIT_FN u32 shl(u32 x) { return _mm256_slli_epi32(x, n); }
-template <int n> LOWBIT_FN u32 shr(u32 x) { return _mm256_srli_epi32(x, n); }
-template <int n> LOWBIT_FN u32 sra(u32 x) { return _mm256_srai_epi32(x, n); }
+template <int n>
+LOWBIT_FN u32 shl(u32 x) {
+  return _mm256_slli_epi32(x, n);
+}
+template <int n>
+LOWBIT_FN u32 shr(u32 x) {
+  return _mm256_srli_epi32(x, n);
+}
+template <int n>
+LOWBIT_FN u32 sra(u32 x) {
+  return _mm256_srai_epi32(x, n);
+}
 LOWBIT_FN u32 add(u32 a, u32 b) { return _mm256_add_epi32(a, b); }
 LOWBIT_FN u32 bit_and(u32 a, u32 b) { return _mm256_and_si256(a, b); }
 LOWBIT_FN u32 bit_or(u32 a, u32 b) { return _mm256_or_si256(a, b); }
@@ -96,7 +107,8 @@ LOWBIT_FN u32 windows(const uint8_t* p) {
     v = _mm256_inserti128_si256(v, load128(p + width / 2), 1);
     v = _mm256_shuffle_epi8(v, _mm256_load_si256(reinterpret_cast<const __m256i*>(index.byte)));
     if constexpr (width % 8 != 0)
-      v = _mm256_srlv_epi32(v, _mm256_load_si256(reinterpret_cast<const __m256i*>(index.shift)));
+      v = _mm256_srlv_epi32(v,
+                            _mm256_load_si256(reinterpret_cast<const __m256i*>(index.shift)));
     return v;
   }
 }

@@ -42,9 +42,18 @@ LOWBIT_FN float reduce(f32 x) { return _mm512_reduce_add_ps(x); }
 LOWBIT_FN u32 as_u32(f32 x) { return _mm512_castps_si512(x); }
 LOWBIT_FN f32 as_f32(u32 x) { return _mm512_castsi512_ps(x); }
 LOWBIT_FN f32 from_int(u32 x) { return _mm512_cvtepi32_ps(x); }
-template <int n> LOWBIT_FN u32 shl(u32 x) { return _mm512_slli_epi32(x, n); }
-template <int n> LOWBIT_FN u32 shr(u32 x) { return _mm512_srli_epi32(x, n); }
-template <int n> LOWBIT_FN u32 sra(u32 x) { return _mm512_srai_epi32(x, n); }
+template <int n>
+LOWBIT_FN u32 shl(u32 x) {
+  return _mm512_slli_epi32(x, n);
+}
+template <int n>
+LOWBIT_FN u32 shr(u32 x) {
+  return _mm512_srli_epi32(x, n);
+}
+template <int n>
+LOWBIT_FN u32 sra(u32 x) {
+  return _mm512_srai_epi32(x, n);
+}
 LOWBIT_FN u32 add(u32 a, u32 b) { return _mm512_add_epi32(a, b); }
 LOWBIT_FN u32 bit_and(u32 a, u32 b) { return _mm512_and_si512(a, b); }
 LOWBIT_FN u32 bit_or(u32 a, u32 b) { return _mm512_or_si512(a, b); }
@@ -58,8 +67,8 @@ using Table16 = __m512;
 LOWBIT_FN Table16 table16(const float* p) { return _mm512_loadu_ps(p); }
 LOWBIT_FN f32 lookup(Table16 t, u32 index) { return _mm512_permutexvar_ps(index, t); }
 
-// With VBMI one byte permutation spreads the 2 * width bytes that sixteen windows cover; without,
-// four 128-bit parts of four windows each are loaded and shuffled.
+// With VBMI one byte permutation spreads the 2 * width bytes that sixteen windows cover;
+// without, four 128-bit parts of four windows each are loaded and shuffled.
 #if defined(__AVX512VBMI__)
 template <int bits, int count>
 inline constexpr int kReach = 2 * bits * count;

@@ -1,5 +1,5 @@
-// AVX-512 BF16 and VBMI: pairs of bfloat16 multiplied and summed into float32 lanes. Products of
-// two bfloat16 are exact in float32; denormal bfloat16 operands are read as zero.
+// AVX-512 BF16 and VBMI: pairs of bfloat16 multiplied and summed into float32 lanes. Products
+// of two bfloat16 are exact in float32; denormal bfloat16 operands are read as zero.
 #pragma once
 
 #include "simd.h"
@@ -45,10 +45,15 @@ LOWBIT_FN pairs windows16(const uint8_t* p) {
     return v;
   }
 }
-template <int n> LOWBIT_FN pairs shr16(pairs x) { return _mm512_srli_epi16(x, n); }
+template <int n>
+LOWBIT_FN pairs shr16(pairs x) {
+  return _mm512_srli_epi16(x, n);
+}
 
 // 32 bfloat16 looked up by the low five bits of each 16-bit element.
-LOWBIT_FN pairs lookup32(pairs table, pairs index) { return _mm512_permutexvar_epi16(index, table); }
+LOWBIT_FN pairs lookup32(pairs table, pairs index) {
+  return _mm512_permutexvar_epi16(index, table);
+}
 
 // 128 bfloat16 looked up by the low seven bits of each byte, as low and high bytes; bit 7 of
 // `sign` becomes the sign.

@@ -1,5 +1,5 @@
-// Plain C++: eight lanes in the vector extension that gcc and clang share. The compiler lowers it
-// to whatever the machine has, so this target runs everywhere and says nothing about an ISA.
+// Plain C++: eight lanes in the vector extension that gcc and clang share. The compiler lowers
+// it to whatever the machine has, so this target runs everywhere and says nothing about an ISA.
 #pragma once
 
 LOWBIT_BEGIN
@@ -17,7 +17,8 @@ typedef int32_t s32 __attribute__((vector_size(32)));
 LOWBIT_FN f32 zero() { return f32{}; }
 LOWBIT_FN f32 splat(float x) { return x - f32{}; }  // a sum with +0 would lose -0
 LOWBIT_FN u32 splat_u(uint32_t x) { return u32{} + x; }
-template <class V, class T> LOWBIT_FN V gather_lanes(const T* p) {
+template <class V, class T>
+LOWBIT_FN V gather_lanes(const T* p) {
   V v;
   for (int i = 0; i < kLanes; i++) v[i] = p[i];
   return v;
@@ -32,7 +33,8 @@ LOWBIT_FN u32 load(const uint32_t* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class T> LOWBIT_FN f32 load_converted(const T* p) {
+template <class T>
+LOWBIT_FN f32 load_converted(const T* p) {
   f32 v;
   for (int i = 0; i < kLanes; i++) v[i] = to_float(p[i]);
   return v;
@@ -41,7 +43,8 @@ LOWBIT_FN f32 load(const bf16* p) { return load_converted(p); }
 LOWBIT_FN f32 load(const f16* p) { return load_converted(p); }
 LOWBIT_FN u32 load_bytes(const uint8_t* p) { return gather_lanes<u32>(p); }
 LOWBIT_FN void store(float* p, f32 x) { std::memcpy(p, &x, sizeof x); }
-template <class T> LOWBIT_FN void store(T* p, f32 x) {
+template <class T>
+LOWBIT_FN void store(T* p, f32 x) {
   for (int i = 0; i < kLanes; i++) p[i] = from_float<T>(x[i]);
 }
 LOWBIT_FN f32 add(f32 a, f32 b) { return a + b; }
@@ -53,9 +56,18 @@ LOWBIT_FN float reduce(f32 x) {
 LOWBIT_FN u32 as_u32(f32 x) { return (u32)x; }
 LOWBIT_FN f32 as_f32(u32 x) { return (f32)x; }
 LOWBIT_FN f32 from_int(u32 x) { return __builtin_convertvector((s32)x, f32); }
-template <int n> LOWBIT_FN u32 shl(u32 x) { return x << n; }
-template <int n> LOWBIT_FN u32 shr(u32 x) { return x >> n; }
-template <int n> LOWBIT_FN u32 sra(u32 x) { return (u32)((s32)x >> n); }
+template <int n>
+LOWBIT_FN u32 shl(u32 x) {
+  return x << n;
+}
+template <int n>
+LOWBIT_FN u32 shr(u32 x) {
+  return x >> n;
+}
+template <int n>
+LOWBIT_FN u32 sra(u32 x) {
+  return (u32)((s32)x >> n);
+}
 LOWBIT_FN u32 add(u32 a, u32 b) { return a + b; }
 LOWBIT_FN u32 bit_and(u32 a, u32 b) { return a & b; }
 LOWBIT_FN u32 bit_or(u32 a, u32 b) { return a | b; }

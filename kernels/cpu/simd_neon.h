@@ -26,7 +26,9 @@ LOWBIT_FN u32 load_bytes(const uint8_t* p) {
   return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
 }
 LOWBIT_FN void store(float* p, f32 x) { vst1q_f32(p, x); }
-LOWBIT_FN void store(f16* p, f32 x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+LOWBIT_FN void store(f16* p, f32 x) {
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+}
 LOWBIT_FN void store(bf16* p, f32 x) {
   const u32 b = vreinterpretq_u32_f32(x);
   const u32 odd = vandq_u32(vshrq_n_u32(b, 16), vdupq_n_u32(1));
@@ -41,9 +43,16 @@ LOWBIT_FN u32 as_u32(f32 x) { return vreinterpretq_u32_f32(x); }
 LOWBIT_FN f32 as_f32(u32 x) { return vreinterpretq_f32_u32(x); }
 LOWBIT_FN f32 from_int(u32 x) { return vcvtq_f32_s32(vreinterpretq_s32_u32(x)); }
 // Shifts by zero are not encodable as immediates.
-template <int n> LOWBIT_FN u32 shl(u32 x) { return vshlq_u32(x, vdupq_n_s32(n)); }
-template <int n> LOWBIT_FN u32 shr(u32 x) { return vshlq_u32(x, vdupq_n_s32(-n)); }
-template <int n> LOWBIT_FN u32 sra(u32 x) {
+template <int n>
+LOWBIT_FN u32 shl(u32 x) {
+  return vshlq_u32(x, vdupq_n_s32(n));
+}
+template <int n>
+LOWBIT_FN u32 shr(u32 x) {
+  return vshlq_u32(x, vdupq_n_s32(-n));
+}
+template <int n>
+LOWBIT_FN u32 sra(u32 x) {
   return vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(x), vdupq_n_s32(-n)));
 }
 LOWBIT_FN u32 add(u32 a, u32 b) { return vaddq_u32(a, b); }
@@ -54,7 +63,8 @@ LOWBIT_FN f32 select_eq(u32 a, u32 b, f32 x, f32 y) { return vbslq_f32(vceqq_u32
 
 // A word index i becomes the byte indices 4i, 4i+1, 4i+2, 4i+3.
 LOWBIT_FN uint8x16_t byte_index(u32 index) {
-  return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404)));
+  return vreinterpretq_u8_u32(
+      vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404)));
 }
 LOWBIT_FN f32 permute(f32 x, u32 index) {
   return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(x), byte_index(index)));

@@ -37,11 +37,17 @@ struct Affine {
   }
 };
 
-template <int G> using Affine2 = Affine<2, G>;
-template <int G> using Affine3 = Affine<3, G>;
-template <int G> using Affine4 = Affine<4, G>;
-template <int G> using Affine5 = Affine<5, G>;
-template <int G> using Affine6 = Affine<6, G>;
-template <int G> using Affine8 = Affine<8, G>;
+template <int G>
+using Affine2 = Affine<2, G>;
+template <int G>
+using Affine3 = Affine<3, G>;
+template <int G>
+using Affine4 = Affine<4, G>;
+template <int G>
+using Affine5 = Affine<5, G>;
+template <int G>
+using Affine6 = Affine<6, G>;
+template <int G>
+using Affine8 = Affine<8, G>;
 
 LOWBIT_END

@@ -1,12 +1,13 @@
-// The element types that formats are made of. Values in, values out: `decode` takes one code (or
-// scale byte) in the low bits of a word, `encode` gives one back. No pointers, so no address
-// spaces, so one text serves C++, CUDA and Metal.
+// The element types that formats are made of. Values in, values out: `decode` takes one code
+// (or scale byte) in the low bits of a word, `encode` gives one back. No pointers, so no
+// address spaces, so one text serves C++, CUDA and Metal.
 //
 //   type         bits  values
 //   Unsigned<B>  B     0 .. 2^B-1
 //   E2m1         4     sign, +-{0 .5 1 1.5 2 3 4 6}; no infinity, no NaN
-//   E4m3         8     sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN; max 448
-//   E8m0         8     2^(byte-127); byte 0 is 2^-127, byte 255 is +inf as in MLX (NaN in OCP MX)
+//   E4m3         8     sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN;
+//   max 448 E8m0         8     2^(byte-127); byte 0 is 2^-127, byte 255 is +inf as in MLX (NaN
+//   in OCP MX)
 #pragma once
 
 #include "prelude.h"
@@ -44,8 +45,8 @@ struct E2m1 {
 struct E4m3 {
   static constexpr int kBits = 8;
   static constexpr float kMax = 448.0f;
-  // With the exponent rebased by 120, a normal code is its own float32; a subnormal one comes out
-  // as 2^-7 + m * 2^-10 where m * 2^-9 is meant.
+  // With the exponent rebased by 120, a normal code is its own float32; a subnormal one comes
+  // out as 2^-7 + m * 2^-10 where m * 2^-9 is meant.
   static LOWBIT_FN float decode(uint32 code) {
     const uint32 low = code & 0x7fu;
     const float rebased = from_bits((low << 20) + (120u << 23));
@@ -72,9 +73,9 @@ struct E8m0 {
   static LOWBIT_FN float decode(uint32 byte) {
     return byte == 0u ? from_bits(0x00400000u) : from_bits(byte << 23);
   }
-  // The smallest power of two that is not below x >= 0: rounding the exponent up keeps the largest
-  // element of a group within the element type's range. Zero gives 2^0. Below 2^-127 the byte
-  // stays 0 (mx.quantize wraps round to 255 there, which decodes to infinity).
+  // The smallest power of two that is not below x >= 0: rounding the exponent up keeps the
+  // largest element of a group within the element type's range. Zero gives 2^0. Below 2^-127
+  // the byte stays 0 (mx.quantize wraps round to 255 there, which decodes to infinity).
   static LOWBIT_FN uint32 encode_up(float x) {
     const uint32 bits = to_bits(x);
     const uint32 exponent = (bits >> 23) + uint32((bits & 0x7fffffu) != 0u);

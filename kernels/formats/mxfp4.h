@@ -16,7 +16,8 @@ struct Mxfp4 {
   // q: the group's largest magnitude over 6, rounded to the dtype of w.
   static LOWBIT_FN uint32 fit(float q, float) { return E8m0::encode_up(q); }
 
-  // What an element's code is chosen for: w over the scale, exactly, as a product with its inverse.
+  // What an element's code is chosen for: w over the scale, exactly, as a product with its
+  // inverse.
   static LOWBIT_FN float step(uint32 scale) { return from_bits((254u - scale) << 23); }
   template <class Round>
   static LOWBIT_FN float normalize(float w, float step, float, Round) {

@@ -18,8 +18,8 @@
 #ifndef LOWBIT_TARGET
 #define LOWBIT_TARGET baseline
 #endif
-#define LOWBIT_BEGIN   \
-  namespace lowbit {   \
+#define LOWBIT_BEGIN \
+  namespace lowbit { \
   inline namespace LOWBIT_TARGET {
 #define LOWBIT_END \
   }                \

@@ -12,6 +12,7 @@ void launch_quantize(Format, const mx::array& w, const std::optional<mx::array>&
                      std::vector<mx::array>& outputs, mx::Stream);
 void launch_dequantize(Format, const mx::array& w, const mx::array& scales,
                        const std::optional<mx::array>& biases,
-                       const std::optional<mx::array>& global_scale, mx::array& out, mx::Stream);
+                       const std::optional<mx::array>& global_scale, mx::array& out,
+                       mx::Stream);
 
 }  // namespace lowbit::cpu

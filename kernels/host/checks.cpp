@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <limits>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -37,8 +38,12 @@ std::pair<int, int> Checks::weights(const mx::array& w, const mx::array& scales,
   memory("w", w.shape(), w.dtype());
   const int64_t bits = int64_t(w.shape(-1)) * 32, columns = bits / f.bits;
   if (bits % f.bits != 0 || columns % f.group_size != 0)
-    refuse("w of shape ", w.shape(), " does not hold whole groups of ", what(), ": ", w.shape(-1),
-           " words a row are ", bits, " bits, expected a multiple of ", f.bits * f.group_size);
+    refuse("w of shape ", w.shape(), " does not hold whole groups of ", what(), ": ",
+           w.shape(-1), " words a row are ", bits, " bits, expected a multiple of ",
+           f.bits * f.group_size);
+  if (columns > std::numeric_limits<int>::max())
+    refuse("w of shape ", w.shape(), " has rows of ", columns,
+           " elements, more than an array holds");
   mx::Shape expected = w.shape();
   expected.back() = int(columns / f.group_size);
   if (scales.shape() != expected)
@@ -46,7 +51,8 @@ std::pair<int, int> Checks::weights(const mx::array& w, const mx::array& scales,
            ", got ", scales.shape());
   if (f.affine()) {
     if (!is_activation(scales.dtype()))
-      refuse("scales must be float32, float16 or bfloat16 in mode affine, got ", scales.dtype());
+      refuse("scales must be float32, float16 or bfloat16 in mode affine, got ",
+             scales.dtype());
     if (!biases) refuse("biases are required in mode affine, got None");
     if (biases->shape() != expected)
       refuse("biases must have shape ", expected, " like scales, got ", biases->shape());
@@ -62,7 +68,8 @@ std::pair<int, int> Checks::weights(const mx::array& w, const mx::array& scales,
 
 void Checks::reduction(const mx::array& x, int expected) const {
   if (x.shape(-1) != expected)
-    refuse("the last dimension of x must be ", expected, " to match w, got x of shape ", x.shape());
+    refuse("the last dimension of x must be ", expected, " to match w, got x of shape ",
+           x.shape());
 }
 
 void Checks::bias(const OptionalArray& bias, const mx::Shape& expected) const {

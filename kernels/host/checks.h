@@ -1,5 +1,5 @@
-// Argument checks shared by the operations. Messages name the op, the argument, what was expected
-// and what came.
+// Argument checks shared by the operations. Messages name the op, the argument, what was
+// expected and what came.
 #pragma once
 
 #include <sstream>
@@ -32,7 +32,8 @@ class Checks {
   void reduction(const mx::array& x, int expected) const;
   void bias(const OptionalArray& bias, const mx::Shape& expected) const;
   // One value, or `matrices` of them: one for each.
-  void global_scale(const char* argument, const OptionalArray& scale, int64_t matrices = 1) const;
+  void global_scale(const char* argument, const OptionalArray& scale,
+                    int64_t matrices = 1) const;
   // No array larger than this machine's memory: allocating it would end the process.
   void memory(const char* what, const mx::Shape& shape, mx::Dtype dtype) const;
   // `indices` in range, when MLX_LOWBIT_CHECK=1 (evaluates them).

@@ -46,8 +46,8 @@ struct Weights {
   mx::Dtype dtype;  // of the result
 };
 
-Weights prepare(const array& x, const array& w, const array& scales, const OptionalArray& biases,
-                mx::StreamOrDevice s) {
+Weights prepare(const array& x, const array& w, const array& scales,
+                const OptionalArray& biases, mx::StreamOrDevice s) {
   Weights p{dense_copy(w, s), scales, biases, x.dtype()};
   if (biases) {
     const mx::Dtype common = promote_types(scales.dtype(), biases->dtype());
@@ -68,10 +68,17 @@ array all_indices(const mx::Shape& shape, const mx::Shape& to, mx::StreamOrDevic
 // Pairs of x's and w's matrices multiplied one by one.
 array paired(ProductKind kind, const Checks& check, const array& x, const Weights& p,
              const array& lhs, const array& rhs, const OptionalArray& bias,
-             const OptionalArray& global_x, const OptionalArray& global_w, mx::StreamOrDevice s) {
+             const OptionalArray& global_x, const OptionalArray& global_w,
+             mx::StreamOrDevice s) {
   kind.gather = true;
-  ProductInputs in{dense_copy(astype(x, p.dtype, s), s), p.w, p.scales, p.biases,
-                   dense_copy(bias, s), global_x, global_w, dense_copy(lhs, s),
+  ProductInputs in{dense_copy(astype(x, p.dtype, s), s),
+                   p.w,
+                   p.scales,
+                   p.biases,
+                   dense_copy(bias, s),
+                   global_x,
+                   global_w,
+                   dense_copy(lhs, s),
                    dense_copy(rhs, s)};
   const ProductShape shape = ProductShape::of(kind, in);
   mx::Shape out = lhs.shape();
@@ -133,8 +140,15 @@ array multiply(const Checks& check, ProductKind kind, const array& x, const arra
   check.memory("the result", out, p.dtype);
   if (empty(out) || K == 0) return empty_product(out, p.dtype, bias, s);
   return Product::make(kind,
-                       {dense_copy(astype(x, p.dtype, s), s), p.w, p.scales, p.biases,
-                        dense_copy(bias, s), global_x, global_w, {}, {}},
+                       {dense_copy(astype(x, p.dtype, s), s),
+                        p.w,
+                        p.scales,
+                        p.biases,
+                        dense_copy(bias, s),
+                        global_x,
+                        global_w,
+                        {},
+                        {}},
                        s);
 }
 
@@ -149,18 +163,18 @@ array quantized_matmul(const array& x, const array& w, const array& scales,
 }
 
 array qqmm(const array& x, const array& w, const array& scales, const OptionalArray& bias,
-           Format format, const OptionalArray& global_scale_x, const OptionalArray& global_scale_w,
-           mx::StreamOrDevice s) {
+           Format format, const OptionalArray& global_scale_x,
+           const OptionalArray& global_scale_w, mx::StreamOrDevice s) {
   const Checks check("qqmm", format);
-  return multiply(check, {.format = format, .quantize_x = true}, x, w, scales, std::nullopt, bias,
-                  global_scale_x, global_scale_w, s);
+  return multiply(check, {.format = format, .quantize_x = true}, x, w, scales, std::nullopt,
+                  bias, global_scale_x, global_scale_w, s);
 }
 
-array gather_qmm(const array& x, const array& w, const array& scales, const OptionalArray& biases,
-                 const OptionalArray& lhs_indices, const OptionalArray& rhs_indices,
-                 const OptionalArray& bias, bool transpose, bool quantize_x, Format format,
-                 const OptionalArray& global_scale_x, const OptionalArray& global_scale_w,
-                 mx::StreamOrDevice s) {
+array gather_qmm(const array& x, const array& w, const array& scales,
+                 const OptionalArray& biases, const OptionalArray& lhs_indices,
+                 const OptionalArray& rhs_indices, const OptionalArray& bias, bool transpose,
+                 bool quantize_x, Format format, const OptionalArray& global_scale_x,
+                 const OptionalArray& global_scale_w, mx::StreamOrDevice s) {
   const Checks check(quantize_x ? "gather_qqmm" : "gather_qmm", format);
   check.activations("x", x);
   if (x.ndim() < 2) check.refuse("x must have at least 2 dimensions, got shape ", x.shape());
@@ -176,21 +190,23 @@ array gather_qmm(const array& x, const array& w, const array& scales, const Opti
   check.global_scale(quantize_x ? "global_scale_x" : "global_scale", global_scale_x);
   check.global_scale(quantize_x ? "global_scale_w" : "global_scale", global_scale_w, count(ws));
 
-  const auto indices = [&](const char* argument, const OptionalArray& given, const mx::Shape& of) {
+  const auto indices = [&](const char* argument, const OptionalArray& given,
+                           const mx::Shape& of) {
     if (!given) return all_indices(of, of, s);
     if (!issubdtype(given->dtype(), mx::integer))
       check.refuse(argument, " must be integers, got ", given->dtype());
     check.range(argument, *given, count(of));
     return astype(*given, mx::int64, s);
   };
-  array lhs = indices("lhs_indices", lhs_indices, xs), rhs = indices("rhs_indices", rhs_indices, ws);
+  array lhs = indices("lhs_indices", lhs_indices, xs),
+        rhs = indices("rhs_indices", rhs_indices, ws);
   try {
     const mx::Shape pairs = broadcast_shapes(lhs.shape(), rhs.shape());
     lhs = broadcast_to(lhs, pairs, s);
     rhs = broadcast_to(rhs, pairs, s);
   } catch (const std::exception&) {
-    check.refuse("lhs_indices of shape ", lhs.shape(), " and rhs_indices of shape ", rhs.shape(),
-                 " do not broadcast");
+    check.refuse("lhs_indices of shape ", lhs.shape(), " and rhs_indices of shape ",
+                 rhs.shape(), " do not broadcast");
   }
   ProductKind kind{.format = format, .transpose = transpose, .quantize_x = quantize_x};
   kind.scales = true;
@@ -219,16 +235,26 @@ array linear(const array& x, const array& w, const OptionalArray& bias, mx::Stre
   ProductKind kind{.format = Format::dense};
   kind.bias = bias.has_value();
   return Product::make(kind,
-                       {dense_copy(astype(x, dtype, s), s), dense_copy(w, s), {}, {},
-                        dense_copy(bias, s), {}, {}, {}, {}},
+                       {dense_copy(astype(x, dtype, s), s),
+                        dense_copy(w, s),
+                        {},
+                        {},
+                        dense_copy(bias, s),
+                        {},
+                        {},
+                        {},
+                        {}},
                        s);
 }
 
 std::string explain(const array& x, const array& w, const OptionalArray& scales,
-                    const OptionalArray& biases, bool transpose, bool quantize_x, Format format) {
+                    const OptionalArray& biases, bool transpose, bool quantize_x,
+                    Format format) {
   const Checks check("explain", format);
   check.activations("x", x);
-  Problem p{.format = format, .dtype = dtype_of(x.dtype()), .transpose = transpose,
+  Problem p{.format = format,
+            .dtype = dtype_of(x.dtype()),
+            .transpose = transpose,
             .quantize_x = quantize_x};
   int rows = 0, columns = 0;
   if (format == Format::dense) {

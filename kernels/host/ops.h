@@ -25,8 +25,9 @@ mx::array dequantize(const mx::array& w, const mx::array& scales, const Optional
                      mx::StreamOrDevice s);
 
 mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales,
-                           const OptionalArray& biases, const OptionalArray& bias, bool transpose,
-                           Format, const OptionalArray& global_scale, mx::StreamOrDevice s);
+                           const OptionalArray& biases, const OptionalArray& bias,
+                           bool transpose, Format, const OptionalArray& global_scale,
+                           mx::StreamOrDevice s);
 
 mx::array qqmm(const mx::array& x, const mx::array& w, const mx::array& scales,
                const OptionalArray& bias, Format, const OptionalArray& global_scale_x,
@@ -35,9 +36,10 @@ mx::array qqmm(const mx::array& x, const mx::array& w, const mx::array& scales,
 // quantize_x: gather_qqmm.
 mx::array gather_qmm(const mx::array& x, const mx::array& w, const mx::array& scales,
                      const OptionalArray& biases, const OptionalArray& lhs_indices,
-                     const OptionalArray& rhs_indices, const OptionalArray& bias, bool transpose,
-                     bool quantize_x, Format, const OptionalArray& global_scale_x,
-                     const OptionalArray& global_scale_w, mx::StreamOrDevice s);
+                     const OptionalArray& rhs_indices, const OptionalArray& bias,
+                     bool transpose, bool quantize_x, Format,
+                     const OptionalArray& global_scale_x, const OptionalArray& global_scale_w,
+                     mx::StreamOrDevice s);
 
 // y = x @ w^T + bias for dense w, accumulated in float32.
 mx::array linear(const mx::array& x, const mx::array& w, const OptionalArray& bias,

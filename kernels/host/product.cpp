@@ -66,7 +66,8 @@ std::vector<mx::Shape> Product::output_shapes(const std::vector<mx::array>& inpu
   return {shape};
 }
 
-mx::array Product::make(const ProductKind& kind, const ProductInputs& in, mx::StreamOrDevice s) {
+mx::array Product::make(const ProductKind& kind, const ProductInputs& in,
+                        mx::StreamOrDevice s) {
   const auto primitive = std::make_shared<Product>(mx::to_stream(s), kind);
   auto inputs = in.list();
   auto shape = primitive->output_shapes(inputs)[0];

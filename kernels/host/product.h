@@ -1,5 +1,5 @@
-// The primitive behind every product: y = alpha * (x @ w) + bias, w packed or dense, x optionally
-// quantized first, rows optionally paired with experts.
+// The primitive behind every product: y = alpha * (x @ w) + bias, w packed or dense, x
+// optionally quantized first, rows optionally paired with experts.
 #pragma once
 
 #include <optional>
@@ -58,21 +58,20 @@ class Product : public mx::Primitive {
                              const std::vector<mx::array>& cotangents,
                              const std::vector<int>& argnums,
                              const std::vector<mx::array>& outputs) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
-                                                           const std::vector<int>& axes) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
+      const std::vector<mx::array>& inputs, const std::vector<int>& axes) override;
   const char* name() const override { return "LowbitProduct"; }
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const ProductKind& kind() const { return kind_; }
 
  private:
-
   ProductKind kind_;
 };
 
 // Flattened views of a product's shapes.
 struct ProductShape {
-  int64_t M, N, K;       // of one x matrix (all rows of x without gather)
+  int64_t M, N, K;  // of one x matrix (all rows of x without gather)
   int64_t x_matrices, w_matrices, pairs;
   static ProductShape of(const ProductKind&, const ProductInputs&);
 };

@@ -2,8 +2,8 @@
 //
 // x: the same product with the other transpose, summed over the pairs that read a row of x. A
 // quantized x (qqmm) is differentiated straight through: rounding counts as the identity.
-// scales, biases (affine): with dW = dy^T x, d scale = sum over the group of dW * q, d bias = sum
-// of dW. bias: dy summed over its rows. Packed codes and global scales have no derivative.
+// scales, biases (affine): with dW = dy^T x, d scale = sum over the group of dW * q, d bias =
+// sum of dW. bias: dy summed over its rows. Packed codes and global scales have no derivative.
 #include <stdexcept>
 
 #include "mlx/ops.h"
@@ -40,7 +40,8 @@ array flat_x(const ProductShape& s, const array& x, mx::Stream stream) {
   return reshape(x, {int(s.x_matrices), int(s.M), int(s.K)}, stream);
 }
 
-array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy, mx::Stream stream) {
+array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy,
+             mx::Stream stream) {
   const ProductShape s = ProductShape::of(kind, in);
   ProductKind back = kind;
   back.transpose = !kind.transpose;
@@ -57,15 +58,17 @@ array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy, 
   inputs.lhs = mx::arange(0.0, double(s.pairs), 1.0, mx::int64, stream);
   inputs.rhs = reshape(*in.rhs, {int(s.pairs)}, stream);
   const array dx = Product::make(back, inputs, stream);  // [pairs, M, K]
-  const array sum = scatter_add(zeros({int(s.x_matrices), int(s.M), int(s.K)}, dx.dtype(), stream),
-                                {reshape(*in.lhs, {int(s.pairs)}, stream)},
-                                reshape(dx, {int(s.pairs), 1, int(s.M), int(s.K)}, stream), {0},
-                                stream);
+  const array sum =
+      scatter_add(zeros({int(s.x_matrices), int(s.M), int(s.K)}, dx.dtype(), stream),
+                  {reshape(*in.lhs, {int(s.pairs)}, stream)},
+                  reshape(dx, {int(s.pairs), 1, int(s.M), int(s.K)}, stream), {0}, stream);
   return reshape(astype(sum, in.x.dtype(), stream), in.x.shape(), stream);
 }
 
-// Gradient of the stored matrix, [matrices, rows, columns] float32; matrices is 1 without gather.
-array grad_w(const ProductKind& kind, const ProductInputs& in, const array& dy, mx::Stream stream) {
+// Gradient of the stored matrix, [matrices, rows, columns] float32; matrices is 1 without
+// gather.
+array grad_w(const ProductKind& kind, const ProductInputs& in, const array& dy,
+             mx::Stream stream) {
   const ProductShape s = ProductShape::of(kind, in);
   const auto product = [&](const array& a, const array& b) {  // a^T b over the rows
     return matmul(swapaxes(a, -1, -2, stream), b, stream);
@@ -119,7 +122,8 @@ array grad_bias(const ProductKind& kind, const ProductInputs& in, const array& d
 
 array grad_dense(const ProductKind& kind, const ProductInputs& in, const array& dy,
                  mx::Stream stream) {
-  return astype(reshape(grad_w(kind, in, dy, stream), in.w.shape(), stream), in.w.dtype(), stream);
+  return astype(reshape(grad_w(kind, in, dy, stream), in.w.shape(), stream), in.w.dtype(),
+                stream);
 }
 
 }  // namespace
@@ -132,12 +136,16 @@ std::vector<array> Product::vjp(const std::vector<array>& primals,
   const array& dy = cotangents[0];
   std::vector<array> grads;
   for (int a : argnums) {
-    if (a == at.x) grads.push_back(grad_x(kind_, in, dy, stream()));
+    if (a == at.x)
+      grads.push_back(grad_x(kind_, in, dy, stream()));
     else if (a == at.w && kind_.format == Format::dense)
       grads.push_back(grad_dense(kind_, in, dy, stream()));
-    else if (a == at.scales) grads.push_back(grad_groups(kind_, in, dy, true, stream()));
-    else if (a == at.biases) grads.push_back(grad_groups(kind_, in, dy, false, stream()));
-    else if (a == at.bias) grads.push_back(grad_bias(kind_, in, dy, stream()));
+    else if (a == at.scales)
+      grads.push_back(grad_groups(kind_, in, dy, true, stream()));
+    else if (a == at.biases)
+      grads.push_back(grad_groups(kind_, in, dy, false, stream()));
+    else if (a == at.bias)
+      grads.push_back(grad_bias(kind_, in, dy, stream()));
     else
       throw std::invalid_argument(
           "[lowbit] no derivative with respect to packed weights, indices or global scales");
@@ -158,8 +166,8 @@ std::vector<array> Product::jvp(const std::vector<array>& primals,
   return {make(kind, in, stream())};
 }
 
-// With w shared, a batch of x is only more rows. Otherwise every batched array is flattened into
-// the gather's leading dimensions and the indices are shifted by batch.
+// With w shared, a batch of x is only more rows. Otherwise every batched array is flattened
+// into the gather's leading dimensions and the indices are shifted by batch.
 std::pair<std::vector<array>, std::vector<int>> Product::vmap(const std::vector<array>& inputs,
                                                               const std::vector<int>& axes) {
   const Positions at(kind_);
@@ -173,8 +181,8 @@ std::pair<std::vector<array>, std::vector<int>> Product::vmap(const std::vector<
       throw std::invalid_argument("[lowbit] vmap over a global scale is not supported");
   }
   const auto front = [&](int i) {
-    return contiguous(axes[i] > 0 ? moveaxis(inputs[i], axes[i], 0, stream()) : inputs[i], false,
-                      stream());
+    return contiguous(axes[i] > 0 ? moveaxis(inputs[i], axes[i], 0, stream()) : inputs[i],
+                      false, stream());
   };
   ProductInputs in = ProductInputs::of(kind_, inputs);
   in.x = front(at.x);

@@ -13,7 +13,9 @@ namespace {
 
 const FormatInfo& info(Format format) { return kFormats[int(format)]; }
 
-[[noreturn]] void no_gpu() { throw std::runtime_error("[lowbit] no GPU kernels in this build"); }
+[[noreturn]] void no_gpu() {
+  throw std::runtime_error("[lowbit] no GPU kernels in this build");
+}
 
 // Moves every batch axis to the front; arrays without one are repeated.
 std::vector<array> batched(const std::vector<array>& inputs, const std::vector<int>& axes,
@@ -101,13 +103,15 @@ std::vector<array> Dequantize::vjp(const std::vector<array>& primals,
   std::vector<array> grads;
   for (int a : argnums) {
     if (!f.affine() || a == 0)
-      throw std::invalid_argument("[lowbit] dequantize has derivatives with respect to affine "
-                                  "scales and biases only");
+      throw std::invalid_argument(
+          "[lowbit] dequantize has derivatives with respect to affine "
+          "scales and biases only");
     array dy = astype(cotangents[0], mx::float32, stream());
     if (a == 1) {
       const array one = ones(primals[1].shape(), mx::float32, stream());
-      dy = multiply(dy, dequantize(primals[0], one, zeros_like(one, stream()), format_,
-                                   std::nullopt, mx::float32, stream()),
+      dy = multiply(dy,
+                    dequantize(primals[0], one, zeros_like(one, stream()), format_,
+                               std::nullopt, mx::float32, stream()),
                     stream());
     }
     mx::Shape split = primals[size_t(a)].shape();
@@ -118,8 +122,8 @@ std::vector<array> Dequantize::vjp(const std::vector<array>& primals,
   return grads;
 }
 
-std::pair<std::vector<array>, std::vector<int>> Dequantize::vmap(const std::vector<array>& inputs,
-                                                                 const std::vector<int>& axes) {
+std::pair<std::vector<array>, std::vector<int>> Dequantize::vmap(
+    const std::vector<array>& inputs, const std::vector<int>& axes) {
   const auto in = batched(inputs, axes, info(format_).affine() ? 3 : 2, stream());
   return {{array(output_shapes(in)[0], dtype_,
                  std::make_shared<Dequantize>(stream(), format_, dtype_), in)},
@@ -139,8 +143,8 @@ std::tuple<array, array, OptionalArray> quantize(const array& w, Format format,
       if (other.mode == f.mode && other.bits == f.bits && w.shape(-1) % other.group_size == 0)
         fitting << (fitting.tellp() ? ", " : "") << other.group_size;
     check.refuse("the last dimension of w must be a multiple of group_size ", f.group_size,
-                 ", got shape ", w.shape(), "; group sizes that fit: ",
-                 fitting.tellp() ? fitting.str() : "none");
+                 ", got shape ", w.shape(),
+                 "; group sizes that fit: ", fitting.tellp() ? fitting.str() : "none");
   }
   check.global_scale("global_scale", global_scale);
   const auto primitive = std::make_shared<Quantize>(mx::to_stream(s), format);
@@ -157,9 +161,9 @@ std::tuple<array, array, OptionalArray> quantize(const array& w, Format format,
   return {out[0], out[1], out.size() > 2 ? OptionalArray(out[2]) : std::nullopt};
 }
 
-array dequantize(const array& w, const array& scales, const OptionalArray& biases, Format format,
-                 const OptionalArray& global_scale, std::optional<mx::Dtype> dtype,
-                 mx::StreamOrDevice s) {
+array dequantize(const array& w, const array& scales, const OptionalArray& biases,
+                 Format format, const OptionalArray& global_scale,
+                 std::optional<mx::Dtype> dtype, mx::StreamOrDevice s) {
   const Checks check("dequantize", format);
   check.weights(w, scales, biases);
   check.global_scale("global_scale", global_scale);

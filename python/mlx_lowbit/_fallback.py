@@ -105,7 +105,7 @@ def dequantize(w, scales, biases, mode, bits, group_size, global_scale, dtype, s
 def quantized_matmul(
     x, w, scales, biases, bias, transpose, mode, bits, group_size, global_scale, stream
 ):
-    K, N = _check("quantized_matmul", x, w, scales, biases, mode, bits, group_size, transpose)
+    _, N = _check("quantized_matmul", x, w, scales, biases, mode, bits, group_size, transpose)
     if x.size == 0 or w.size == 0:
         batch = x.shape[:-1]
         if w.ndim > 2:
