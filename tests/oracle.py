@@ -218,7 +218,7 @@ class Product(NamedTuple):
     """A float64 product and what bounds the error of computing it.
 
     value [..., M, N]; rms = sqrt(x^2 @ W^2), the size the sum has when signs are random;
-    worst = |x| @ (|s| q + |b|), the sum of the magnitudes of everything that is added.
+    worst = |x| @ `weight_magnitude`, the sum of the magnitudes of everything that is added.
     """
 
     value: np.ndarray
@@ -248,10 +248,15 @@ def matmul(
 
 
 def weight_magnitude(fmt: Any, w: Weight, global_scale: float | None = None) -> np.ndarray:
-    """|s| q + |b| for affine (its two terms may cancel), |W| otherwise."""
+    """What the terms of a decoded value may reach: |W|, or for affine |s| (2^bits - 1) + |b|.
+
+    A kernel may take s q + b apart, say into s (q - z) + (b + s z), so the rounding of a small value
+    is that of its group's whole range.
+    """
     if fmt.mode != "affine":
         return np.abs(decode(fmt, w, global_scale))
-    return decode(fmt, Weight(w.words, np.abs(w.scales), np.abs(w.biases)))
+    reach = np.abs(f64(w.scales)) * (2**fmt.bits - 1) + np.abs(f64(w.biases))
+    return np.repeat(reach, fmt.group_size, -1)
 
 
 def quantized_matmul(
@@ -341,7 +346,7 @@ def assert_close(y: mx.array, product: Product, K: int, *, dtype: mx.Dtype | Non
         f"worst at {np.unravel_index(error.argmax(), error.shape)}"
     )
     unit = ROUNDOFF[dtype]
-    per_term = (K + 8) * 2.0**-24 + (0 if dtype == mx.float32 else unit / 2)
+    per_term = (K + 8) * 2.0**-24 + (0 if dtype == mx.float32 else unit)
     limit = unit * np.abs(want) + per_term * product.worst + UNDERFLOW[dtype]
     over = finite & (error > limit)
     if over.any():

@@ -75,27 +75,45 @@ inline void store_row(const Decoder& decoder, const uint8_t* p, int64_t count, b
   }
 }
 
-// Codes times the scales of a block format. Even and odd elements are multiplied as float32 and
-// put back side by side; a last half vector is filled with zeros.
+// Weights as bfloat16: code times scale, exact in the block formats, plus bias in affine ones, then
+// rounded. Even and odd elements are computed as float32 and put back side by side; a last half
+// vector is filled with what zeros decode to.
 template <class F>
 struct FoldedDecoder {
   using Codes = ExactDecoder<typename F::Code>;
-  static constexpr float kOffset = 0.0f;
+  static constexpr float kOffset = Codes::kOffset;
   Codes codes;
 
-  // scale: of the row's groups, kLanes readable beyond the last.
-  void row(const uint8_t* p, int64_t count, const float* scale, bf16* out) const {
+  static LOWBIT_FN pairs weights(pairs q, const float* scale, const float* bias) {
+    f32 factor = splat(scale[0]);
+    if constexpr (F::kGroup == 16) factor = _mm512_insertf32x8(factor, _mm256_set1_ps(scale[1]), 1);
+    const f32 even = as_f32(shl<16>(q)), odd = as_f32(bit_and(q, splat_u(0xffff0000u)));
+    if constexpr (F::kHasBias) {
+      const f32 shift = splat(bias[0]);
+      // Rounding two vectors puts one behind the other; this order interleaves them.
+      alignas(64) static constexpr auto order = [] {
+        struct {
+          uint16_t from[32];
+        } t{};
+        for (int i = 0; i < 32; i++) t.from[i] = uint16_t(i / 2 + i % 2 * 16);
+        return t;
+      }();
+      const pairs rounded = round_pairs(fma(even, factor, shift), fma(odd, factor, shift));
+      return _mm512_permutexvar_epi16(_mm512_load_si512(order.from), rounded);
+    } else {
+      return bit_or(shr<16>(as_u32(mul(even, factor))), as_u32(mul(odd, factor)));
+    }
+  }
+
+  // scale, bias: of the row's groups, kLanes readable beyond the last; biases moved by kOffset.
+  void row(const uint8_t* p, int64_t count, const float* scale, const float* bias,
+           bf16* out) const {
     for (int64_t k = 0; k < count; k += Codes::kStep) {
       pairs v[Codes::kStep / 32];
       codes.step(p, k, count, v);
       for (int i = 0; i < Codes::kStep / 32 && k + i * 32 < count; i++) {
-        const float* s = scale + (k + i * 32) / F::kGroup;
-        f32 factor = splat(s[0]);
-        if constexpr (F::kGroup == 16)
-          factor = _mm512_insertf32x8(factor, _mm256_set1_ps(s[1]), 1);
-        const f32 even = mul(as_f32(shl<16>(v[i])), factor);
-        const f32 odd = mul(as_f32(bit_and(v[i], splat_u(0xffff0000u))), factor);
-        _mm512_storeu_si512(out + k + i * 32, bit_or(shr<16>(as_u32(even)), as_u32(odd)));
+        const int64_t g = (k + i * 32) / F::kGroup;
+        _mm512_storeu_si512(out + k + i * 32, weights(v[i], scale + g, bias + g));
       }
     }
   }

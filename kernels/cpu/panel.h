@@ -107,10 +107,11 @@ inline void decode_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1,
   const int64_t count = (k1 - k0) / F::kGroup;
   const Groups groups{room, F::kHasBias ? room + Groups::padded(count) : nullptr};
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Out, bf16> && !F::kHasBias) {
+  if constexpr (std::is_same_v<Out, bf16> && kHasExactCodes<typename F::Code>) {
     static const FoldedDecoder<F> decoder;
-    groups.read(w, row, k0 / F::kGroup, count, 0.0f);
-    decoder.row(w.codes + row * w.row_bytes + k0 * F::kBits / 8, k1 - k0, room, out);
+    groups.read(w, row, k0 / F::kGroup, count, decoder.kOffset);
+    decoder.row(w.codes + row * w.row_bytes + k0 * F::kBits / 8, k1 - k0, groups.scale,
+                F::kHasBias ? groups.bias : groups.scale, out);
     return;
   }
 #endif

@@ -1,11 +1,11 @@
-// Every target of the build against the double reference: products with remainders in M, N and K,
-// quantize, dequantize and the round trip of activations, for every format and dtype. No MLX, no
-// Python: it also runs cross-compiled, under an emulator.
+// Every target of the build against the double reference: products with remainders in M, N and
+// K, quantize, dequantize and the round trip of activations, for every format and dtype. No
+// MLX, no Python: it also runs cross-compiled, under an emulator.
 //
 //   check [TARGET ...]    the targets to judge; all that this processor supports by default
 //
-// Operands end where unreadable memory begins and results start as NaN, so that a read beyond an
-// array ends the program and an element that nobody writes is seen.
+// Operands end where unreadable memory begins and results start as NaN, so that a read beyond
+// an array ends the program and an element that nobody writes is seen.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -145,14 +145,15 @@ void check_product(const Case& c, std::vector<Tally>& tallies) {
     for (int64_t i = 0; i < rows * columns; i++)
       w.push_back(c.exact ? between(-16, 16) : reference::rounded(uniform(), c.dtype));
   }
-  const Guarded codes = c.format ? Guarded(reference::pack(q.codes, c.format->bits))
-                                 : Guarded(w, c.dtype);
-  const Guarded scales = c.format && c.format->affine() ? Guarded(q.scales, c.dtype)
-                                                        : Guarded(q.scale_bytes);
+  const Guarded codes =
+      c.format ? Guarded(reference::pack(q.codes, c.format->bits)) : Guarded(w, c.dtype);
+  const Guarded scales =
+      c.format && c.format->affine() ? Guarded(q.scales, c.dtype) : Guarded(q.scale_bytes);
   const Guarded biases(q.biases, c.dtype), x_memory(x, c.dtype), bias_memory(bias, Dtype::f32);
   const double alpha = nvfp4 ? 0.5 : 1.0;
 
-  if (c.quantize_x) x = reference::decode(*c.format, reference::quantize(*c.format, c.dtype, x, 0));
+  if (c.quantize_x)
+    x = reference::decode(*c.format, reference::quantize(*c.format, c.dtype, x, 0));
   std::vector<double> want(size_t(c.M * c.N)), slack(want.size());
   // Rounding of a weight to bfloat16 first, and of float32 partial sums. Codes and biases enter
   // apart, so the magnitudes that are summed are bounded by the group's largest value.
@@ -168,9 +169,9 @@ void check_product(const Case& c, std::vector<Tally>& tallies) {
       }
       const double y = alpha * sum + bias[size_t(n)];
       want[size_t(m * c.N + n)] = y;
-      slack[size_t(m * c.N + n)] =
-          unit * std::abs(y) + 8 * 0x1p-24 * (sizes + std::abs(bias[size_t(n)])) +
-          8 * weight_unit * std::sqrt(squares);
+      slack[size_t(m * c.N + n)] = unit * std::abs(y) +
+                                   8 * 0x1p-24 * (sizes + std::abs(bias[size_t(n)])) +
+                                   8 * weight_unit * std::sqrt(squares);
     }
 
   cpu::Product p{};
@@ -190,13 +191,18 @@ void check_product(const Case& c, std::vector<Tally>& tallies) {
          row_bytes};
   std::vector<int64_t> reversed;  // results go to their rows backwards, as gather may ask
   for (int64_t m = c.M; m-- > 0;) reversed.push_back(m);
-  p.x = {x_memory.data(), c.dtype, c.K, reversed.data(), c.M,
-         c.quantize_x ? p.format : Format::dense, 0.0f};
+  p.x = {x_memory.data(),
+         c.dtype,
+         c.K,
+         reversed.data(),
+         c.M,
+         c.quantize_x ? p.format : Format::dense,
+         0.0f};
   const Problem problem{p.format, c.dtype, c.dtype, c.M, c.N, c.K, c.transpose, c.quantize_x};
   for (Tally& tally : tallies) {
     const Guarded y(size_t(c.M * c.N * bytes_of(c.dtype)));
-    p.y = {y.data(), c.dtype,       c.N,         reversed.data(), bias_memory.data(),
-           Dtype::f32, float(alpha)};
+    p.y = {y.data(),           c.dtype,    c.N,         reversed.data(),
+           bias_memory.data(), Dtype::f32, float(alpha)};
     const cpu::Plan plan = cpu::plan(problem, *tally.target);
     const cpu::Kernels& kernels = tally.target->kernels();
     {
@@ -207,8 +213,8 @@ void check_product(const Case& c, std::vector<Tally>& tallies) {
     for (size_t i = 0; i < want.size(); i++) {
       const double got = y.at(int64_t(i), c.dtype);
       const double exact = reference::rounded(want[i], c.dtype);
-      const bool good = c.exact ? got == exact
-                                : std::abs(got - want[i]) <= slack[i] || same(got, exact);
+      const bool good =
+          c.exact ? got == exact : std::abs(got - want[i]) <= slack[i] || same(got, exact);
       tally.expect(good, [&] {
         return c.name() + " [" + std::to_string(i / size_t(c.N)) + "," +
                std::to_string(i % size_t(c.N)) + "]: got " + std::to_string(got) +
@@ -222,7 +228,10 @@ void check_product(const Case& c, std::vector<Tally>& tallies) {
 std::vector<double> tensor(const FormatInfo& f, Dtype d, int groups) {
   std::vector<double> w;
   for (int g = 0; g < groups; g++) {
-    const double size = g % 9 == 5 ? 0x1p-10 : g % 9 == 6 ? 1000.0 : 1.0, shift = g % 9 == 1 ? 3 : 0;
+    const double size = g % 9 == 5   ? 0x1p-10
+                        : g % 9 == 6 ? 1000.0
+                                     : 1.0,
+                 shift = g % 9 == 1 ? 3 : 0;
     for (int i = 0; i < f.group_size; i++) {
       double v = g % 9 == 2 ? 0.0 : g % 9 == 3 ? -1.25 : size * (uniform() + shift);
       if (g % 9 == 4) v = 0.25 * between(-24, 24);  // ties
@@ -254,8 +263,9 @@ void check_quantize(const FormatInfo& f, Dtype d, double global, std::vector<Tal
       const bool good = f.affine() ? scales.at(g, d) == want.scales[size_t(g)] &&
                                          biases.at(g, d) == want.biases[size_t(g)]
                                    : scales.data()[g] == want.scale_bytes[size_t(g)];
-      tally.expect(
-          good, [&] { return "quantize " + name + ": scale or bias of group " + std::to_string(g); });
+      tally.expect(good, [&] {
+        return "quantize " + name + ": scale or bias of group " + std::to_string(g);
+      });
     }
     // The same row through the round trip of activations. Affine has none: it is not offered.
     if (f.affine()) continue;
@@ -276,9 +286,15 @@ void check_dequantize(const FormatInfo& f, Dtype d, std::vector<Tally>& tallies)
   const Guarded codes(reference::pack(q.codes, f.bits)), biases(q.biases, d);
   const Guarded scales = f.affine() ? Guarded(q.scales, d) : Guarded(q.scale_bytes);
   const int64_t row_bytes = columns * f.bits / 8;
-  const cpu::Matrix w{codes.data(), codes.data() + rows * row_bytes, scales.data(),
-                      f.affine() ? biases.data() : nullptr, scale_type(f, d), f.group_size,
-                      rows, columns, row_bytes};
+  const cpu::Matrix w{codes.data(),
+                      codes.data() + rows * row_bytes,
+                      scales.data(),
+                      f.affine() ? biases.data() : nullptr,
+                      scale_type(f, d),
+                      f.group_size,
+                      rows,
+                      columns,
+                      row_bytes};
   const double unit = std::ldexp(1.0, -reference::float_type(d).precision);
   for (Tally& tally : tallies) {
     const Guarded out(size_t(rows * columns * bytes_of(d)));
@@ -290,16 +306,15 @@ void check_dequantize(const FormatInfo& f, Dtype d, std::vector<Tally>& tallies)
       const double got = out.at(int64_t(i), d);
       // Affine: one rounding to float32 of each of product and sum, and one to the dtype.
       const double scaled = f.affine() ? want[i] - q.biases[i / size_t(f.group_size)] : 0.0;
-      const double slack = unit * std::abs(want[i]) +
-                           2 * 0x1p-24 * (std::abs(scaled) + std::abs(want[i]));
-      tally.expect(f.affine() ? std::abs(got - want[i]) <= slack
-                              : got == reference::rounded(want[i], d),
-                   [&] {
-                     return "dequantize " + std::string(f.name) + " " +
-                            std::string(lowbit::name(d)) + ": element " + std::to_string(i) +
-                            ", got " + std::to_string(got) + ", expected " +
-                            std::to_string(want[i]);
-                   });
+      const double slack =
+          unit * std::abs(want[i]) + 2 * 0x1p-24 * (std::abs(scaled) + std::abs(want[i]));
+      tally.expect(
+          f.affine() ? std::abs(got - want[i]) <= slack : got == reference::rounded(want[i], d),
+          [&] {
+            return "dequantize " + std::string(f.name) + " " + std::string(lowbit::name(d)) +
+                   ": element " + std::to_string(i) + ", got " + std::to_string(got) +
+                   ", expected " + std::to_string(want[i]);
+          });
     }
   }
 }

@@ -1,5 +1,5 @@
-// The formats once more, in double and one element at a time: what check.cpp holds the kernels to.
-// Nothing here reads kernels/formats but the names and sizes of the formats.
+// The formats once more, in double and one element at a time: what check.cpp holds the kernels
+// to. Nothing here reads kernels/formats but the names and sizes of the formats.
 #pragma once
 
 #include <algorithm>
@@ -25,9 +25,12 @@ struct FloatType {
 
 inline FloatType float_type(Dtype d) {
   switch (d) {
-    case Dtype::f32: return {24, -126, std::numeric_limits<float>::max()};
-    case Dtype::f16: return {11, -14, 65504.0};
-    case Dtype::bf16: return {8, -126, 255.0 * std::ldexp(1.0, 120)};
+    case Dtype::f32:
+      return {24, -126, std::numeric_limits<float>::max()};
+    case Dtype::f16:
+      return {11, -14, 65504.0};
+    case Dtype::bf16:
+      return {8, -126, 255.0 * std::ldexp(1.0, 120)};
   }
   return {};
 }
@@ -156,8 +159,7 @@ inline void quantize_group(const FormatInfo& f, Dtype d, const double* w, double
     const uint32_t byte = to_e4m3(f32(q * enlarge));
     out.scale_bytes.push_back(uint8_t(byte));
     for (int i = 0; i < G; i++)
-      out.codes.push_back(
-          byte ? to_e2m1(f32(rounded(w[i] / e4m3(byte), d) * enlarge)) : 0);
+      out.codes.push_back(byte ? to_e2m1(f32(rounded(w[i] / e4m3(byte), d) * enlarge)) : 0);
     return;
   }
   int exponent = 0;
