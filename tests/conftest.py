@@ -5,9 +5,9 @@
     pytest tests --target NAME              forces one instruction set (or MLX_LOWBIT_TARGET)
 
 A test that names `fmt` runs once for every format; `affine_fmt`, `scaled_fmt` (a scale byte a
-group), `fp4_fmt`, `mx_fmt`, `nv_fmt`, `qq_fmt` (quantized activations) and `judged_fmt` are parts of
-them, and `dtype` is every dtype. Outputs are filled with NaN before a kernel runs (MLX_LOWBIT_POISON), so
-that what a kernel forgets to write is seen.
+group), `fp4_fmt`, `mx_fmt`, `nv_fmt`, `qq_fmt` (quantized activations) and `judged_fmt` are parts
+of them, and `dtype` is every dtype. Outputs are filled with NaN before a kernel runs
+(MLX_LOWBIT_POISON), so that what a kernel forgets to write is seen.
 """
 
 from __future__ import annotations

@@ -250,8 +250,8 @@ def matmul(
 def weight_magnitude(fmt: Any, w: Weight, global_scale: float | None = None) -> np.ndarray:
     """What the terms of a decoded value may reach: |W|, or for affine |s| (2^bits - 1) + |b|.
 
-    A kernel may take s q + b apart, say into s (q - z) + (b + s z), so the rounding of a small value
-    is that of its group's whole range.
+    A kernel may take s q + b apart, say into s (q - z) + (b + s z), so a small value is rounded as
+    its group's whole range is.
     """
     if fmt.mode != "affine":
         return np.abs(decode(fmt, w, global_scale))

@@ -10,29 +10,47 @@ LOWBIT_BEGIN
 template <class Code>
 inline constexpr bool kHasExactCodes = Code::kBits == 8 || Code::kBits <= 5;
 
-// Up to 5 bits: 32 codes a lookup.
+// Up to 5 bits: one load serves 128 codes (32 of 5 bits), one lookup 32.
 template <class Code>
 struct ExactDecoder {
-  static constexpr int kStep = 32;
+  static constexpr int kBits = Code::kBits, kStep = kBits <= 4 ? 128 : 32;
+  static constexpr int kVectors = kStep / 32, kBytes = kStep * kBits / 8;
   static constexpr float kOffset = kCentre<Code>;
   pairs table;
   ExactDecoder() {
     bf16 value[32];
     for (uint32_t i = 0; i < 32; i++)
-      value[i] = from_float<bf16>(Code::decode(i & ((1u << Code::kBits) - 1)) - kOffset);
+      value[i] = from_float<bf16>(Code::decode(i & ((1u << kBits) - 1)) - kOffset);
     table = load_pairs(value);
   }
 
+  // Element i of vector v is the 16 bits that begin at bit (32v + i) * kBits, shifted to bit 0.
+  static constexpr auto kSpread = [] {
+    struct {
+      alignas(64) uint8_t byte[kVectors][64];
+      alignas(64) uint16_t shift[32];
+    } t{};
+    for (int v = 0; v < kVectors; v++)
+      for (int i = 0; i < 32; i++)
+        for (int b = 0; b < 2; b++)
+          t.byte[v][2 * i + b] = uint8_t((32 * v + i) * kBits / 8 + b);
+    for (int i = 0; i < 32; i++) t.shift[i] = uint16_t(i * kBits % 8);
+    return t;
+  }();
+
   // Codes [k, k + kStep) of a row of `count`, less kOffset. Nothing beyond the row is read;
   // what stands for it is code 0.
-  LOWBIT_FN void step(const uint8_t* row, int64_t k, int64_t count, pairs (&out)[1]) const {
-    const uint8_t* p = row + k * Code::kBits / 8;
-    if (count - k >= kStep) {
-      out[0] = lookup32(table, windows16<Code::kBits>(p));
-    } else {
-      alignas(64) uint8_t copy[64] = {};
-      std::memcpy(copy, p, size_t((count - k) * Code::kBits / 8));
-      out[0] = lookup32(table, windows16<Code::kBits>(copy));
+  LOWBIT_FN void step(const uint8_t* row, int64_t k, int64_t count,
+                      pairs (&out)[kVectors]) const {
+    const int64_t bytes = (count - k) * kBits / 8;
+    constexpr uint64_t whole = kBytes == 64 ? ~uint64_t(0) : (uint64_t(1) << (kBytes & 63)) - 1;
+    const uint64_t here = bytes >= kBytes ? whole : (uint64_t(1) << bytes) - 1;
+    const __m512i packed = _mm512_maskz_loadu_epi8(here, row + k * kBits / 8);
+    const __m512i shift = _mm512_load_si512(kSpread.shift);
+    for (int v = 0; v < kVectors; v++) {
+      const __m512i spread =
+          _mm512_permutexvar_epi8(_mm512_load_si512(kSpread.byte[v]), packed);
+      out[v] = lookup32(table, _mm512_srlv_epi16(spread, shift));
     }
   }
 
@@ -75,9 +93,9 @@ inline void store_row(const Decoder& decoder, const uint8_t* p, int64_t count, b
   }
 }
 
-// Weights as bfloat16: code times scale, exact in the block formats, plus bias in affine ones, then
-// rounded. Even and odd elements are computed as float32 and put back side by side; a last half
-// vector is filled with what zeros decode to.
+// Weights as bfloat16: code times scale, exact in the block formats, plus bias in affine ones,
+// then rounded. Even and odd elements are computed as float32 and put back side by side; a last
+// half vector is filled with what zeros decode to.
 template <class F>
 struct FoldedDecoder {
   using Codes = ExactDecoder<typename F::Code>;
@@ -86,7 +104,8 @@ struct FoldedDecoder {
 
   static LOWBIT_FN pairs weights(pairs q, const float* scale, const float* bias) {
     f32 factor = splat(scale[0]);
-    if constexpr (F::kGroup == 16) factor = _mm512_insertf32x8(factor, _mm256_set1_ps(scale[1]), 1);
+    if constexpr (F::kGroup == 16)
+      factor = _mm512_insertf32x8(factor, _mm256_set1_ps(scale[1]), 1);
     const f32 even = as_f32(shl<16>(q)), odd = as_f32(bit_and(q, splat_u(0xffff0000u)));
     if constexpr (F::kHasBias) {
       const f32 shift = splat(bias[0]);

@@ -91,6 +91,7 @@ struct Target {
   int64_t matvec_rows;        // largest M for matvec in float32 arithmetic
   int64_t matvec_rows_bf16;   // and in bfloat16 pairs
   int64_t matvec_rows_tiles;  // and with tiles, for the formats whose codes tiles take
+  int pairs_bits;             // narrowest codes for which pairs beat float32 lanes
   int64_t panel_bytes;        // of decoded weights a matmul task keeps at hand
   int row_block;              // rows of that panel
 };

@@ -71,22 +71,81 @@ namespace {
 //   matmul 2.0
 const Target kTargets[] = {
 #if defined(__x86_64__)
-    // name, supported, kernels, arithmetic for bfloat16, matvec rows (float32, pairs, tiles),
-    // panel
-    {"amx", has_amx, amx::kernels, Arithmetic::tiles, 4, 2, 32, 512 << 10, 128},
-    {"avx512bf16", has_avx512bf16, avx512bf16::kernels, Arithmetic::bf16_pairs, 8, 8, 0,
-     512 << 10, 64},
-    {"avx512", has_avx512, avx512::kernels, Arithmetic::f32, 8, 8, 0, 512 << 10, 64},
-    {"avx2", has_avx2, avx2::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
+    {.name = "amx",
+     .supported = has_amx,
+     .kernels = amx::kernels,
+     .bf16 = Arithmetic::tiles,
+     .matvec_rows = 4,
+     .matvec_rows_bf16 = 2,
+     .matvec_rows_tiles = 32,
+     .pairs_bits = 8,
+     .panel_bytes = 512 << 10,
+     .row_block = 128},
+    {.name = "avx512bf16",
+     .supported = has_avx512bf16,
+     .kernels = avx512bf16::kernels,
+     .bf16 = Arithmetic::bf16_pairs,
+     .matvec_rows = 8,
+     .matvec_rows_bf16 = 8,
+     .matvec_rows_tiles = 0,
+     .pairs_bits = 0,
+     .panel_bytes = 512 << 10,
+     .row_block = 64},
+    {.name = "avx512",
+     .supported = has_avx512,
+     .kernels = avx512::kernels,
+     .bf16 = Arithmetic::f32,
+     .matvec_rows = 8,
+     .matvec_rows_bf16 = 8,
+     .matvec_rows_tiles = 0,
+     .pairs_bits = 0,
+     .panel_bytes = 512 << 10,
+     .row_block = 64},
+    {.name = "avx2",
+     .supported = has_avx2,
+     .kernels = avx2::kernels,
+     .bf16 = Arithmetic::f32,
+     .matvec_rows = 4,
+     .matvec_rows_bf16 = 4,
+     .matvec_rows_tiles = 0,
+     .pairs_bits = 0,
+     .panel_bytes = 256 << 10,
+     .row_block = 64},
 #endif
 #if defined(__aarch64__)
-    {"neon", always, neon::kernels, Arithmetic::f32, 8, 8, 0, 256 << 10, 64},
+    {.name = "neon",
+     .supported = always,
+     .kernels = neon::kernels,
+     .bf16 = Arithmetic::f32,
+     .matvec_rows = 8,
+     .matvec_rows_bf16 = 8,
+     .matvec_rows_tiles = 0,
+     .pairs_bits = 0,
+     .panel_bytes = 256 << 10,
+     .row_block = 64},
 #endif
-    {"generic", always, generic::kernels, Arithmetic::f32, 4, 4, 0, 256 << 10, 64},
+    {.name = "generic",
+     .supported = always,
+     .kernels = generic::kernels,
+     .bf16 = Arithmetic::f32,
+     .matvec_rows = 4,
+     .matvec_rows_bf16 = 4,
+     .matvec_rows_tiles = 0,
+     .pairs_bits = 0,
+     .panel_bytes = 256 << 10,
+     .row_block = 64},
 #if defined(LOWBIT_EMULATED_TARGET)
     // Never chosen by itself: the tile kernels with tiles in plain C++, for tests.
-    {"amx_emulated", has_avx512bf16, amx_emulated::kernels, Arithmetic::tiles, 4, 2, 32,
-     512 << 10, 128},
+    {.name = "amx_emulated",
+     .supported = has_avx512bf16,
+     .kernels = amx_emulated::kernels,
+     .bf16 = Arithmetic::tiles,
+     .matvec_rows = 4,
+     .matvec_rows_bf16 = 2,
+     .matvec_rows_tiles = 32,
+     .pairs_bits = 8,
+     .panel_bytes = 512 << 10,
+     .row_block = 128},
 #endif
 };
 const int kTargetCount = int(sizeof(kTargets) / sizeof(kTargets[0]));
@@ -127,9 +186,11 @@ Plan plan(const Problem& p, const Target& t) {
   Plan plan{};
   plan.arithmetic = exact_in_bf16 && bf16_weights && p.transpose ? t.bf16 : Arithmetic::f32;
   const bool bf16 = plan.arithmetic != Arithmetic::f32;
+  const bool pairs =
+      bf16 && (p.format == Format::dense || kFormats[int(p.format)].bits >= t.pairs_bits);
   plan.kernel = Plan::Kernel::matvec;
-  if (p.M <= (bf16 ? t.matvec_rows_bf16 : t.matvec_rows) && p.transpose) {
-    if (bf16) plan.arithmetic = Arithmetic::bf16_pairs;
+  if (p.transpose && p.M <= (pairs ? t.matvec_rows_bf16 : t.matvec_rows)) {
+    plan.arithmetic = pairs ? Arithmetic::bf16_pairs : Arithmetic::f32;
   } else if (tiles_take(p, t)) {
     plan.arithmetic = Arithmetic::tiles;
   } else {

@@ -119,6 +119,9 @@ def test_sorted_tokens_exactly(fmt, dtype, tokens, rng):
     want = reference(fmt, e, with_bias=True).value
     for hint in (True, False):
         oracle.assert_equal(gather(fmt, e, with_bias=True, sorted_indices=hint), want)
+    e = e._replace(rhs=rng.permutation(e.rhs))  # a broken promise costs time, not correctness
+    want = reference(fmt, e, with_bias=True).value
+    oracle.assert_equal(gather(fmt, e, with_bias=True, sorted_indices=True), want)
 
 
 def test_sorted_hint_with_the_default_lhs(fmt, rng):
@@ -215,11 +218,52 @@ def test_no_indices(fmt, shape, rng):
     assert y.shape == (*shape, 3, 5)
 
 
-def test_global_scale(nv_fmt, dtype, rng):
-    """One float32 scalar for all experts."""
+def expert_scales(E: int) -> np.ndarray:
+    """A different power of two for each expert, as global scales."""
+    return (2688.0 * 2.0 ** (np.arange(E) - 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_global_scale(nv_fmt, dtype, per_expert, rng):
+    """One float32 scalar for all experts, or one for each."""
     e = experts(rng, nv_fmt, dtype, E=3, B=4, M=2, N=17, K=64, shape=(5,), exact=True)
-    want = oracle.gather(e.x, oracle.decode(nv_fmt, e.w, 2688.0 * 4), e.lhs, e.rhs).value
-    oracle.assert_equal(gather(nv_fmt, e, global_scale=mx.array(2688.0 * 4)), want)
+    scales = expert_scales(3) if per_expert else np.float32(2688.0 * 4)
+    values = oracle.decode(nv_fmt, e.w) * (np.broadcast_to(scales, 3) / 2688)[:, None, None]
+    want = oracle.gather(e.x, values, e.lhs, e.rhs).value
+    oracle.assert_equal(gather(nv_fmt, e, global_scale=mx.array(scales)), want)
+    x = oracle.to_mlx(e.x)
+    arrays, keywords = strategies.weight_arrays(e.w), strategies.format_keywords(nv_fmt)
+    indices = dict(lhs_indices=mx.array(e.lhs), rhs_indices=mx.array(e.rhs))
+    dy = mx.array(rng.integers(-2, 3, want.shape)).astype(dtype)
+    _, (dx,) = mx.vjp(
+        lambda x: [
+            ops.gather_qmm(x, *arrays, global_scale=mx.array(scales), **indices, **keywords)
+        ],
+        [x],
+        [dy],
+    )
+    dx_want = np.zeros(e.x.shape)
+    np.add.at(dx_want, e.lhs, oracle.f64(dy) @ values[e.rhs])
+    oracle.assert_equal(dx, dx_want)
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_global_scales_of_quantized_activations(nv_fmt, dtype, per_expert, rng):
+    e = experts(rng, nv_fmt, dtype, E=3, B=4, M=2, N=17, K=64, shape=(5,), exact=True)
+    scales = expert_scales(3) if per_expert else np.float32(2688.0 / 2)
+    scale_x = np.float32(np.abs(e.x.astype(np.float32)).max())
+    values = oracle.decode(nv_fmt, e.w) * (np.broadcast_to(scales, 3) / 2688)[:, None, None]
+    xq = oracle.decode(nv_fmt, oracle.encode(nv_fmt, e.x, scale_x), scale_x)
+    y = ops.gather_qqmm(
+        oracle.to_mlx(e.x),
+        *strategies.weight_arrays(e.w)[:2],
+        lhs_indices=mx.array(e.lhs),
+        rhs_indices=mx.array(e.rhs),
+        global_scale_x=mx.array(scale_x),
+        global_scale_w=mx.array(scales),
+        **strategies.format_keywords(nv_fmt),
+    )
+    oracle.assert_close(y, oracle.gather(xq, values, e.lhs, e.rhs), 64, dtype=dtype)
 
 
 @given(data=st.data())
