@@ -24,6 +24,13 @@ LOWBIT_FN void pack8(const uint8_t* codes, uint8_t* out) {
   std::memcpy(out, &word, B);
 }
 
+// Codes are computed as words and narrowed after: a loop that stores bytes would be vectorized
+// for sixteen of them, four floats at a time.
+template <int G>
+LOWBIT_FN void to_bytes(const uint32_t* wide, uint8_t* codes) {
+  for (int i = 0; i < G; i++) codes[i] = uint8_t(wide[i]);
+}
+
 template <class T>
 struct RoundTo {
   LOWBIT_FN float operator()(float x) const { return to_float(from_float<T>(x)); }
@@ -72,7 +79,9 @@ void quantize_affine(const float* x, int64_t groups, uint8_t* codes, float* scal
       low = o < low ? o : low, high = o > high ? o : high;
     }
     const typename F::Group group = F::fit(from_ordered(low), from_ordered(high));
-    for (int i = 0; i < G; i++) q[i] = uint8_t(F::encode(x[i], group));
+    uint32_t wide[G];
+    for (int i = 0; i < G; i++) wide[i] = F::encode(x[i], group);
+    to_bytes<G>(wide, q);
     scales[g] = all_finite<G>(x) ? group.scale : __builtin_nanf("");
     biases[g] = group.bias;
     pack_group<F>(q, g, codes);
@@ -109,8 +118,10 @@ LOWBIT_FN void encode_block(const float* x, uint32_t scale, float step, float en
     return;
   }
   const RoundTo<T> round;
+  uint32_t wide[F::kGroup];
   for (int i = 0; i < F::kGroup; i++)
-    codes[i] = uint8_t(F::Code::encode(F::normalize(x[i], step, enlarge, round)));
+    wide[i] = F::Code::encode(F::normalize(x[i], step, enlarge, round));
+  to_bytes<F::kGroup>(wide, codes);
 }
 
 template <class F, class T>

@@ -30,9 +30,16 @@ def check() -> None:
     if found != MLX_VERSION:
         raise ImportError(
             f"mlx_lowbit was built against mlx {MLX_VERSION}, whose C++ interface differs from "
-            f"that of the installed mlx {found}. Install it with\n    pip install mlx=={MLX_VERSION}"
+            f"that of the installed mlx {found}. Install it, with its library, as one of\n"
+            f'    pip install "mlx[cpu]=={MLX_VERSION}"\n'
+            f'    pip install "mlx[cuda13]=={MLX_VERSION}"    (cuda12 for older drivers)'
         )
     backend = _installed("nanobind-backend")
+    if backend != NANOBIND_BACKEND_VERSION:
+        raise ImportError(
+            f"mlx_lowbit needs nanobind-backend {NANOBIND_BACKEND_VERSION}, got {backend}. "
+            f"Install it with\n    pip install nanobind-backend=={NANOBIND_BACKEND_VERSION}"
+        )
     try:
         from . import _ext
     except ImportError as error:

@@ -80,7 +80,8 @@ def test_another_mlx_is_named_before_the_extension_loads(version):
         "sys.meta_path.insert(0, Refuse('mlx_lowbit._ext', 'the extension was loaded'))\n"
     )
     assert f"installed mlx {version}." in said
-    assert f"pip install mlx=={_load.MLX_VERSION}" in said
+    for extra in ("cpu", "cuda13"):
+        assert f'pip install "mlx[{extra}]=={_load.MLX_VERSION}"' in said
     assert "the extension was loaded" not in said
 
 
@@ -96,13 +97,21 @@ def test_unloadable_extension_says_what_the_loader_said():
 
 
 @pytest.mark.parametrize("version", ["1.1.0", None])
-def test_another_array_type_names_nanobind_backend(version):
+def test_another_nanobind_backend_is_named_before_the_extension_loads(version):
     said = message(
-        f"pretend('nanobind-backend', {version!r})\n" + STUB + "def refuse(a):\n"
+        f"pretend('nanobind-backend', {version!r})\n"
+        "sys.meta_path.insert(0, Refuse('mlx_lowbit._ext', 'the extension was loaded'))\n"
+    )
+    assert f"got {version or 'none'}." in said and "the extension was loaded" not in said
+    assert f"pip install nanobind-backend=={_load.NANOBIND_BACKEND_VERSION}" in said
+
+
+def test_another_array_type_names_what_to_install():
+    said = message(
+        STUB + "def refuse(a):\n"
         "    raise TypeError('same_array(): incompatible function arguments')\n"
         "stub.same_array = refuse\n"
     )
-    assert f"nanobind-backend {version or 'none'} is installed" in said
     assert f"pip install nanobind-backend=={_load.NANOBIND_BACKEND_VERSION}" in said
     first, *_ = said.splitlines()
     assert "incompatible function arguments" not in first and "cause: TypeError" in said

@@ -48,7 +48,7 @@ class Guarded {
     std::memset(data_, 0xff, size);  // NaN in every float type
   }
   explicit Guarded(const std::vector<uint8_t>& bytes) : Guarded(bytes.size()) {
-    std::memcpy(data_, bytes.data(), bytes.size());
+    std::copy(bytes.begin(), bytes.end(), data_);
   }
   Guarded(const std::vector<double>& values, Dtype d)
       : Guarded(values.size() * size_t(bytes_of(d))) {
