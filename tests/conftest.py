@@ -24,7 +24,7 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies, harness
 
-for name, examples in (("ci", 6), ("dev", 25), ("nightly", 400)):
+for name, examples in (("ci", 6), ("dev", 25), ("nightly", 200)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,

@@ -233,7 +233,7 @@ def test_layers_made_as_ours_stay():
 
 def test_backends(model, monkeypatch):
     module = sys.modules["mlx_lowbit.accelerate"]
-    monkeypatch.setattr(module, "_missing_kernel", lambda: "no kernel for this device")
+    monkeypatch.setattr(module, "missing_kernel", lambda: "no kernel for this device")
     report = accelerate(model)
     assert report.replaced == [] and len(report.left) == len(PATHS)
     assert {reason for _, reason in report.left} == {"no kernel for this device"}
