@@ -3,6 +3,7 @@
     pytest tests --profile ci|dev|nightly   how many examples (or MLX_LOWBIT_TEST_PROFILE)
     pytest tests --seed N                   repeats a run; the seed is printed in the header
     pytest tests --target NAME              forces one instruction set (or MLX_LOWBIT_TARGET)
+    pytest tests --backend cuda             the same tests on the GPU; default: cpu
 
 A test that names `fmt` runs once for every format; `affine_fmt`, `scaled_fmt` (a scale byte a
 group), `fp4_fmt`, `mx_fmt`, `nv_fmt`, `qq_fmt` (quantized activations) and `judged_fmt` are parts
@@ -23,6 +24,9 @@ import pytest
 # The oracle's products are small: threads of numpy's BLAS would only contend with the kernels.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, strategies, harness
+
+# What --backend cuda leaves out: the CPU's plans and its instruction sets.
+CPU_ONLY = ("plan/test_explain.py", "parity/test_targets.py")
 
 for name, examples in (("ci", 6), ("dev", 25), ("nightly", 200)):
     hypothesis.settings.register_profile(
@@ -52,12 +56,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("MLX_LOWBIT_TARGET"),
         help="instruction set to force, one of mlx_lowbit._ext.targets()",
     )
+    group.addoption("--backend", choices=["cpu", "cuda"], default="cpu", help="kernels to judge")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # The extension reads both when it is imported, which happens after this.
+    # The extension and MLX read these when they are imported, which happens after this.
     os.environ["MLX_LOWBIT_POISON"] = "1"
+    # MLX's own float32 products on a GPU are held to the same tolerances as everything else.
+    os.environ["MLX_ENABLE_TF32"] = "0"
     if target := config.getoption("--target"):
         os.environ["MLX_LOWBIT_TARGET"] = target
     hypothesis.settings.load_profile(config.getoption("--profile"))
@@ -70,14 +77,27 @@ def pytest_configure(config: pytest.Config) -> None:
 SEED = pytest.StashKey[int]()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--backend") == "cpu":
+        return
+    left = [item for item in items if item.path.as_posix().endswith(CPU_ONLY)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    from mlx_lowbit import _ext
+    from mlx_lowbit import _ext, backend
 
     asked = config.getoption("--target")
     if asked and _ext.target() != asked:
         raise pytest.UsageError(f"--target {asked}: not one of {', '.join(_ext.targets())}")
+    if config.getoption("--backend") == "cuda":
+        import mlx.core as mx
+
+        if reason := backend.missing_kernel(mx.gpu):
+            raise pytest.UsageError(f"--backend cuda: {reason}")
     return (
-        f"mlx-lowbit: profile {config.getoption('--profile')}, --seed {config.stash[SEED]}, "
+        f"mlx-lowbit: backend {config.getoption('--backend')}, profile {config.getoption('--profile')}, --seed {config.stash[SEED]}, "
         f"target {_ext.target()} of {', '.join(_ext.targets())}"
     )
 
@@ -106,11 +126,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cpu() -> None:
-    """The suite of this folder judges the CPU kernels, whatever other device MLX prefers."""
+def _device(request: pytest.FixtureRequest) -> None:
+    """The kernels that --backend names are judged, whatever other device MLX prefers."""
     import mlx.core as mx
 
-    mx.set_default_device(mx.cpu)
+    mx.set_default_device(mx.cpu if request.config.getoption("--backend") == "cpu" else mx.gpu)
 
 
 @pytest.fixture

@@ -69,6 +69,8 @@ namespace {
 //                              M = 512 panel 64 x 4096 12.2 to 18, 128 x 2048 11.7
 //   Zen 4, 3.6 GHz             M = 1 pairs 0.20, float32 lanes 0.35; M = 8 pairs 1.3,
 //   matmul 2.0
+// Pairs lose to float32 lanes on the Xeon below 8 bits because vdpbf16ps takes 2.1 cycles there
+// (on both vector ports), vfmadd 0.5, vpermps and a shift 1 each.
 const Target kTargets[] = {
 #if defined(__x86_64__)
     {.name = "amx",

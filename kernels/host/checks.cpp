@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "backend.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 
@@ -14,6 +15,20 @@ namespace {
 
 bool is_activation(mx::Dtype d) {
   return d == mx::float32 || d == mx::float16 || d == mx::bfloat16;
+}
+
+constexpr double kUnknown = 1e18;  // bytes
+
+double main_memory() {
+  static const double available = [] {
+    const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGE_SIZE);
+    return pages > 0 && size > 0 ? double(pages) * double(size) : kUnknown;
+  }();
+  return available;
+}
+
+double gpu_memory(int device) {
+  return cuda_loaded() ? double(gpu().total_memory(device)) : kUnknown;
 }
 
 }  // namespace
@@ -96,15 +111,13 @@ void Checks::global_scale(const char* argument, const OptionalArray& scale,
 }
 
 void Checks::memory(const char* what, const mx::Shape& shape, mx::Dtype dtype) const {
-  static const double available = [] {
-    const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGE_SIZE);
-    return pages > 0 && size > 0 ? double(pages) * double(size) : 1e18;
-  }();
+  const bool on_gpu = device_ == mx::Device::gpu;
+  const double available = on_gpu ? gpu_memory(device_.index) : main_memory();
   double bytes = double(size_of(dtype));
   for (int n : shape) bytes *= n;
   if (bytes > available)
     refuse(what, " of shape ", shape, " and dtype ", dtype, " would take ", bytes / 1e9,
-           " GB, more than this machine's memory");
+           " GB, more than the memory of this ", on_gpu ? "GPU" : "machine");
 }
 
 void Checks::range(const char* argument, mx::array indices, int64_t end) const {

@@ -12,7 +12,8 @@ namespace lowbit {
 
 class Checks {
  public:
-  Checks(const char* op, Format format) : op_(op), format_(format) {}
+  Checks(const char* op, Format format, mx::StreamOrDevice s)
+      : op_(op), format_(format), device_(mx::to_stream(s).device) {}
 
   template <class... Parts>
   [[noreturn]] void refuse(const Parts&... parts) const {
@@ -23,6 +24,7 @@ class Checks {
   }
 
   const FormatInfo& info() const { return kFormats[int(format_)]; }
+  const mx::Device& device() const { return device_; }
 
   void activations(const char* argument, const mx::array& x) const;
   // Packed weights with their scales and biases: dtypes, ranks and every dimension. Returns
@@ -34,7 +36,8 @@ class Checks {
   // One value, or `matrices` of them: one for each.
   void global_scale(const char* argument, const OptionalArray& scale,
                     int64_t matrices = 1) const;
-  // No array larger than this machine's memory: allocating it would end the process.
+  // No array larger than the memory of the device: on the CPU, allocating it would end the
+  // process.
   void memory(const char* what, const mx::Shape& shape, mx::Dtype dtype) const;
   // `indices` in range, when MLX_LOWBIT_CHECK=1 (evaluates them).
   void range(const char* argument, mx::array indices, int64_t end) const;
@@ -42,6 +45,7 @@ class Checks {
  private:
   const char* op_;
   Format format_;
+  mx::Device device_;
 };
 
 }  // namespace lowbit

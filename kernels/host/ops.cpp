@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include "backend.h"
 #include "checks.h"
 #include "mlx/ops.h"
 #include "plan.h"
@@ -15,6 +16,12 @@ array dense_copy(const array& a, mx::StreamOrDevice s) { return contiguous(a, fa
 
 OptionalArray dense_copy(const OptionalArray& a, mx::StreamOrDevice s) {
   return a ? OptionalArray(dense_copy(*a, s)) : std::nullopt;
+}
+
+// Kernels take a bias in the dtype of the result or in float32, which holds every other one.
+OptionalArray prepare_bias(const OptionalArray& bias, mx::Dtype result, mx::StreamOrDevice s) {
+  if (!bias || bias->dtype() == result) return dense_copy(bias, s);
+  return dense_copy(astype(*bias, mx::float32, s), s);
 }
 
 // A product without elements, or over nothing: zeros, plus the bias.
@@ -75,7 +82,7 @@ array paired(ProductKind kind, const Checks& check, const array& x, const Weight
                    p.w,
                    p.scales,
                    p.biases,
-                   dense_copy(bias, s),
+                   prepare_bias(bias, p.dtype, s),
                    global_x,
                    global_w,
                    dense_copy(lhs, s),
@@ -144,7 +151,7 @@ array multiply(const Checks& check, ProductKind kind, const array& x, const arra
                         p.w,
                         p.scales,
                         p.biases,
-                        dense_copy(bias, s),
+                        prepare_bias(bias, p.dtype, s),
                         global_x,
                         global_w,
                         {},
@@ -152,12 +159,22 @@ array multiply(const Checks& check, ProductKind kind, const array& x, const arra
                        s);
 }
 
+// On the GPU MLX's own product of dense matrices is the fast one.
+array mlx_linear(const array& x, const array& w, const OptionalArray& bias,
+                 const mx::Shape& shape, mx::Dtype dtype, mx::StreamOrDevice s) {
+  const array rows = reshape(astype(x, dtype, s), {-1, x.shape(-1)}, s);
+  const array columns = transpose(astype(w, dtype, s), s);
+  const array y = bias ? addmm(astype(*bias, dtype, s), rows, columns, 1.0f, 1.0f, s)
+                       : matmul(rows, columns, s);
+  return reshape(y, shape, s);
+}
+
 }  // namespace
 
 array quantized_matmul(const array& x, const array& w, const array& scales,
                        const OptionalArray& biases, const OptionalArray& bias, bool transpose,
                        Format format, const OptionalArray& global_scale, mx::StreamOrDevice s) {
-  const Checks check("quantized_matmul", format);
+  const Checks check("quantized_matmul", format, s);
   return multiply(check, {.format = format, .transpose = transpose}, x, w, scales, biases, bias,
                   std::nullopt, global_scale, s);
 }
@@ -165,7 +182,7 @@ array quantized_matmul(const array& x, const array& w, const array& scales,
 array qqmm(const array& x, const array& w, const array& scales, const OptionalArray& bias,
            Format format, const OptionalArray& global_scale_x,
            const OptionalArray& global_scale_w, mx::StreamOrDevice s) {
-  const Checks check("qqmm", format);
+  const Checks check("qqmm", format, s);
   return multiply(check, {.format = format, .quantize_x = true}, x, w, scales, std::nullopt,
                   bias, global_scale_x, global_scale_w, s);
 }
@@ -175,7 +192,7 @@ array gather_qmm(const array& x, const array& w, const array& scales,
                  const OptionalArray& rhs_indices, const OptionalArray& bias, bool transpose,
                  bool quantize_x, Format format, const OptionalArray& global_scale_x,
                  const OptionalArray& global_scale_w, mx::StreamOrDevice s) {
-  const Checks check(quantize_x ? "gather_qqmm" : "gather_qmm", format);
+  const Checks check(quantize_x ? "gather_qqmm" : "gather_qmm", format, s);
   check.activations("x", x);
   if (x.ndim() < 2) check.refuse("x must have at least 2 dimensions, got shape ", x.shape());
   const auto [rows, columns] = check.weights(w, scales, biases);
@@ -221,7 +238,7 @@ array gather_qmm(const array& x, const array& w, const array& scales,
 }
 
 array linear(const array& x, const array& w, const OptionalArray& bias, mx::StreamOrDevice s) {
-  const Checks check("linear", Format::dense);
+  const Checks check("linear", Format::dense, s);
   check.activations("x", x);
   check.activations("w", w);
   if (w.ndim() != 2) check.refuse("w must have 2 dimensions, got shape ", w.shape());
@@ -232,6 +249,7 @@ array linear(const array& x, const array& w, const OptionalArray& bias, mx::Stre
   out.back() = w.shape(0);
   check.memory("the result", out, dtype);
   if (empty(out) || w.shape(1) == 0) return empty_product(out, dtype, bias, s);
+  if (check.device() == mx::Device::gpu) return mlx_linear(x, w, bias, out, dtype, s);
   ProductKind kind{.format = Format::dense};
   kind.bias = bias.has_value();
   return Product::make(kind,
@@ -248,9 +266,9 @@ array linear(const array& x, const array& w, const OptionalArray& bias, mx::Stre
 }
 
 std::string explain(const array& x, const array& w, const OptionalArray& scales,
-                    const OptionalArray& biases, bool transpose, bool quantize_x,
-                    Format format) {
-  const Checks check("explain", format);
+                    const OptionalArray& biases, bool transpose, bool quantize_x, Format format,
+                    mx::StreamOrDevice s) {
+  const Checks check("explain", format, s);
   check.activations("x", x);
   Problem p{.format = format,
             .dtype = dtype_of(x.dtype()),
@@ -270,7 +288,9 @@ std::string explain(const array& x, const array& w, const OptionalArray& scales,
   p.K = transpose ? columns : rows;
   p.N = transpose ? rows : columns;
   p.M = p.K ? int64_t(x.size()) / p.K : 0;
-  return cpu::explain(p);
+  if (check.device() == mx::Device::cpu) return cpu::explain(p);
+  if (format == Format::dense) return "MLX's op: dense products on the GPU are its own matmul";
+  return gpu().explain(p, check.device().index);
 }
 
 }  // namespace lowbit

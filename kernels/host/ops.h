@@ -41,12 +41,13 @@ mx::array gather_qmm(const mx::array& x, const mx::array& w, const mx::array& sc
                      const OptionalArray& global_scale_x, const OptionalArray& global_scale_w,
                      mx::StreamOrDevice s);
 
-// y = x @ w^T + bias for dense w, accumulated in float32.
+// y = x @ w^T + bias for dense w, accumulated in float32; on the GPU MLX's matmul (cuBLAS).
 mx::array linear(const mx::array& x, const mx::array& w, const OptionalArray& bias,
                  mx::StreamOrDevice s);
 
 // The plan that the same call would run, in words.
 std::string explain(const mx::array& x, const mx::array& w, const OptionalArray& scales,
-                    const OptionalArray& biases, bool transpose, bool quantize_x, Format);
+                    const OptionalArray& biases, bool transpose, bool quantize_x, Format,
+                    mx::StreamOrDevice s);
 
 }  // namespace lowbit

@@ -18,7 +18,7 @@ struct FormatInfo {
   std::string_view name, mode;
   int bits, group_size;
   bool judged;
-  bool affine() const { return mode == "affine"; }
+  constexpr bool affine() const { return mode == "affine"; }
 };
 
 inline constexpr FormatInfo kFormats[] = {
@@ -44,6 +44,7 @@ struct Problem {
   int64_t M, N, K;    // y[M, N] = x[M, K] @ w; for gather, the rows of one expert
   bool transpose;     // w is [N, K]; otherwise [K, N]
   bool quantize_x;    // qqmm: x is first quantized in w's format
+  bool gather = false;  // pairs of matrices of x and w
 };
 
 }  // namespace lowbit

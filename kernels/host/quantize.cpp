@@ -13,8 +13,9 @@ namespace {
 
 const FormatInfo& info(Format format) { return kFormats[int(format)]; }
 
-[[noreturn]] void no_gpu() {
-  throw std::runtime_error("[lowbit] no GPU kernels in this build");
+// The optional input at position `i`.
+OptionalArray input(const std::vector<array>& inputs, size_t i) {
+  return i < inputs.size() ? OptionalArray(inputs[i]) : std::nullopt;
 }
 
 // Moves every batch axis to the front; arrays without one are repeated.
@@ -64,12 +65,12 @@ std::vector<mx::Dtype> Quantize::output_dtypes(const array& w) const {
 }
 
 void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
-  cpu::launch_quantize(format_, inputs[0],
-                       inputs.size() > 1 ? OptionalArray(inputs[1]) : std::nullopt, outputs,
-                       stream());
+  cpu::launch_quantize(format_, inputs[0], input(inputs, 1), outputs, stream());
 }
 
-void Quantize::eval_gpu(const std::vector<array>&, std::vector<array>&) { no_gpu(); }
+void Quantize::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
+  gpu().launch_quantize(format_, inputs[0], input(inputs, 1), outputs, stream());
+}
 
 std::pair<std::vector<array>, std::vector<int>> Quantize::vmap(const std::vector<array>& inputs,
                                                                const std::vector<int>& axes) {
@@ -86,14 +87,17 @@ std::vector<mx::Shape> Dequantize::output_shapes(const std::vector<array>& input
 
 void Dequantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
   const bool affine = info(format_).affine();
-  const size_t known = affine ? 3 : 2;
   cpu::launch_dequantize(format_, inputs[0], inputs[1],
                          affine ? OptionalArray(inputs[2]) : std::nullopt,
-                         inputs.size() > known ? OptionalArray(inputs[known]) : std::nullopt,
-                         outputs[0], stream());
+                         input(inputs, affine ? 3 : 2), outputs[0], stream());
 }
 
-void Dequantize::eval_gpu(const std::vector<array>&, std::vector<array>&) { no_gpu(); }
+void Dequantize::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
+  const bool affine = info(format_).affine();
+  gpu().launch_dequantize(format_, inputs[0], inputs[1],
+                          affine ? OptionalArray(inputs[2]) : std::nullopt,
+                          input(inputs, affine ? 3 : 2), outputs[0], stream());
+}
 
 // d scale = sum over the group of dy * q, d bias = sum of dy.
 std::vector<array> Dequantize::vjp(const std::vector<array>& primals,
@@ -133,7 +137,7 @@ std::pair<std::vector<array>, std::vector<int>> Dequantize::vmap(
 std::tuple<array, array, OptionalArray> quantize(const array& w, Format format,
                                                  const OptionalArray& global_scale,
                                                  mx::StreamOrDevice s) {
-  const Checks check("quantize", format);
+  const Checks check("quantize", format, s);
   const FormatInfo& f = info(format);
   check.activations("w", w);
   if (w.ndim() < 2) check.refuse("w must have at least 2 dimensions, got shape ", w.shape());
@@ -164,7 +168,7 @@ std::tuple<array, array, OptionalArray> quantize(const array& w, Format format,
 array dequantize(const array& w, const array& scales, const OptionalArray& biases,
                  Format format, const OptionalArray& global_scale,
                  std::optional<mx::Dtype> dtype, mx::StreamOrDevice s) {
-  const Checks check("dequantize", format);
+  const Checks check("dequantize", format, s);
   check.weights(w, scales, biases);
   check.global_scale("global_scale", global_scale);
   const bool affine = info(format).affine();

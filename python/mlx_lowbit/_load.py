@@ -1,8 +1,11 @@
-"""Imports the extension, or says in our own words why it cannot be imported."""
+"""Imports the extension and its CUDA part, or says in our own words why that cannot be done."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import threading
+from pathlib import Path
 
 MLX_VERSION = "0.32.4"
 NANOBIND_BACKEND_VERSION = "1.0.0"
@@ -20,10 +23,17 @@ def check() -> None:
     try:
         import mlx.core as mx
     except ImportError as error:
+        if "libcuda.so" in str(error):
+            raise ImportError(
+                "the installed mlx is its CUDA build, and this machine has no NVIDIA driver "
+                "(libcuda.so.1). Install the driver, or, to run on the CPU,\n"
+                f'    pip uninstall mlx-cuda-13 mlx-cuda-12 && pip install --force-reinstall "mlx[cpu]=={MLX_VERSION}"\n'
+                f"(importing mlx.core said: {error})"
+            ) from error
         raise ImportError(
             "mlx_lowbit needs MLX with its library for this machine. Install one of\n"
             '    pip install "mlx-lowbit[cpu]"       Linux without a GPU\n'
-            '    pip install "mlx-lowbit[cuda13]"    Linux with an NVIDIA GPU (cuda12 for older drivers)\n'
+            '    pip install "mlx-lowbit[cuda13]"    Linux, NVIDIA GPU (cuda12 for older drivers)\n'
             f"(importing mlx.core said: {error})"
         ) from error
     found = _installed("mlx")
@@ -57,3 +67,46 @@ def check() -> None:
             f"{NANOBIND_BACKEND_VERSION} is expected). Install it with\n"
             f"    pip install nanobind-backend=={NANOBIND_BACKEND_VERSION} mlx=={MLX_VERSION}"
         ) from error
+
+
+CUDA_OBJECT = Path(__file__).with_name("_cuda.so")
+_cuda_lock = threading.Lock()
+
+
+@functools.cache
+def _load_cuda(path: Path) -> str | None:
+    """Loads the CUDA kernels once; why they cannot be loaded, or None."""
+    from . import _ext
+
+    if not path.exists():
+        built = f": {_ext.cuda_build}" if _ext.cuda_build else ""
+        return f"this installation has no CUDA kernels{built}"
+    try:
+        _ext.load_cuda(str(path))
+    except RuntimeError as error:
+        return f"the CUDA kernels of this installation cannot be loaded; reinstall mlx-lowbit ({error})"
+    return None
+
+
+@functools.cache
+def _refusal(device: int) -> str | None:
+    from . import _ext
+
+    reason = _ext.cuda_refusal(device)
+    return f"no CUDA kernels for device {device}: {reason}" if reason else None
+
+
+def missing_gpu_kernels(device: int = 0) -> str | None:
+    """Why GPU `device` of this process cannot run our kernels, or None; loads them if it can.
+
+    The kernels are a shared object of their own, looked for when a GPU is first asked about.
+    """
+    import mlx.core as mx
+
+    if mx.metal.is_available():
+        return "this version has no kernels for Metal"
+    if not mx.cuda.is_available():
+        return "MLX has no CUDA device here (mlx_lowbit.doctor says more)"
+    with _cuda_lock:
+        reason = _load_cuda(CUDA_OBJECT)
+    return reason or _refusal(device)

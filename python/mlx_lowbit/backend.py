@@ -7,6 +7,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from . import _load
+
 __all__ = ["Backend", "get_backend", "missing_kernel", "reason_for_mlx", "set_backend"]
 
 Backend = Literal["auto", "lowbit", "mlx"]
@@ -36,19 +38,24 @@ def get_backend() -> Backend:
     return _backend
 
 
-def _on_gpu(stream) -> bool:
+def _gpu_index(stream) -> int | None:
+    """The number of the GPU that `stream` is on, or None for the CPU."""
     if stream is None:
-        return mx.default_device().type == mx.gpu
-    if isinstance(stream, mx.Stream):
-        return stream.device.type == mx.gpu
-    return (stream.type if isinstance(stream, mx.Device) else stream) == mx.gpu
+        stream = mx.default_device()
+    device = getattr(stream, "device", stream)  # a stream, a device or a type of device
+    if getattr(device, "type", device) != mx.gpu:
+        return None
+    # Device shows its number in its text alone: "Device(gpu, 0)".
+    number = str(device).rpartition(",")[2].strip(" )")
+    return int(number) if number.isdigit() else 0
 
 
 def missing_kernel(stream=None, missing_format: str | None = None) -> str | None:
     """Why there is no kernel of ours for a format or a stream, or None; announces nothing."""
     if missing_format is not None:
         return missing_format
-    return "this build has kernels for the CPU only" if _on_gpu(stream) else None
+    gpu = _gpu_index(stream)
+    return None if gpu is None else _load.missing_gpu_kernels(gpu)
 
 
 def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> str | None:

@@ -23,6 +23,8 @@ class Format:
         group_size: codes that share a scale.
         id: position in the registry; what the extension takes.
         judged: whether the format carries speed bars.
+        nan_scale: the scale byte of a group that holds a NaN or an infinity; None in mode affine,
+            whose scale is NaN itself.
     """
 
     name: str
@@ -31,15 +33,11 @@ class Format:
     group_size: int
     id: int
     judged: bool
+    nan_scale: int | None
 
     @property
     def has_biases(self) -> bool:
         return self.mode == "affine"
-
-    @property
-    def nan_scale(self) -> int | None:
-        """The scale byte of a group that holds a NaN or an infinity; None in mode affine (NaN)."""
-        return {"mxfp4": 0xFF, "mxfp8": 0xFF, "nvfp4": 0x7F}.get(self.mode)
 
     @property
     def storage_bits(self) -> float:
@@ -52,8 +50,8 @@ class MissingFormatError(ValueError):
 
 
 FORMATS: tuple[Format, ...] = tuple(
-    Format(name, mode, bits, group_size, index, judged)
-    for index, (name, mode, bits, group_size, judged) in enumerate(_ext.formats())
+    Format(name, mode, bits, group_size, index, judged, nan_scale)
+    for index, (name, mode, bits, group_size, judged, nan_scale) in enumerate(_ext.formats())
 )
 
 _MODES = tuple(dict.fromkeys(f.mode for f in FORMATS))

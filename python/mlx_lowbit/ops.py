@@ -334,6 +334,9 @@ def linear(
 ) -> mx.array:
     """``x @ w.T + bias`` for dense weights, accumulated in float32.
 
+    On a GPU this is MLX's own product (cuBLAS), which rounds float32 operands to TF32 unless
+    MLX_ENABLE_TF32=0.
+
     Args:
         x: [..., K]; w: [N, K]; bias: [N]; float32, float16 or bfloat16 each.
 
@@ -343,7 +346,7 @@ def linear(
     Raises:
         ValueError: an argument that does not fit, named with what was expected and got.
     """
-    if reason_for_mlx("linear", stream) is not None:
+    if get_backend() == "mlx":
         return _fallback.add_bias(mx.matmul(x, w.T, stream=stream), bias, stream)
     return _ext.linear(x, w, bias, stream)
 
@@ -377,10 +380,10 @@ def explain(
     """
     if scales is None:
         dense = len(_ext.formats())
-        return _ext.explain(x, w, None, None, True, False, dense)
+        return _ext.explain(x, w, None, None, True, False, dense, stream)
     fmt, reason = _choose("explain", mode, bits, group_size, stream)
     if reason is not None:
         return f"MLX's op: {reason} (backend {get_backend()})"
     if quantize_activations:
         _activation_format("explain", mode, bits, group_size)
-    return _ext.explain(x, w, scales, biases, transpose, quantize_activations, fmt.id)
+    return _ext.explain(x, w, scales, biases, transpose, quantize_activations, fmt.id, stream)

@@ -8,6 +8,12 @@
 
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
+#include "cuda/plan.h"
+#include "formats/affine.h"
+#include "formats/mxfp4.h"
+#include "formats/mxfp8.h"
+#include "formats/nvfp4.h"
+#include "host/backend.h"
 #include "host/ops.h"
 #include "host/plan.h"
 
@@ -20,11 +26,23 @@ using mlx::core::StreamOrDevice;
 
 namespace {
 
-// (name, mode, bits, group_size, judged), in the order of the enum.
+// The scale byte that marks a group which is not finite; affine scales are NaN themselves.
+template <class F>
+constexpr std::optional<int> nan_scale() {
+  if constexpr (F::kHasBias)
+    return std::nullopt;
+  else
+    return int(F::kNanScale);
+}
+
+// (name, mode, bits, group_size, judged, nan_scale), in the order of the enum.
 auto formats() {
-  std::vector<std::tuple<std::string, std::string, int, int, bool>> rows;
-  for (const auto& f : lowbit::kFormats)
-    rows.emplace_back(std::string(f.name), std::string(f.mode), f.bits, f.group_size, f.judged);
+  using namespace lowbit;
+  std::vector<std::tuple<std::string, std::string, int, int, bool, std::optional<int>>> rows;
+#define FORMAT(name, type, mode, bits, group, judged) \
+  rows.emplace_back(#name, #mode, bits, group, judged, nan_scale<type>());
+#include "formats/formats.def"
+#undef FORMAT
   return rows;
 }
 
@@ -42,7 +60,7 @@ NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");
 
   m.def("formats", &formats,
-        "Rows of kernels/formats/formats.def: (name, mode, bits, group_size, judged).");
+        "Rows of formats.def: (name, mode, bits, group_size, judged, nan_scale).");
   m.def("targets", &targets,
         "Instruction sets that this build has and this processor supports, best first.");
   m.def(
@@ -110,9 +128,44 @@ NB_MODULE(_ext, m) {
   m.def(
       "explain",
       [](const array& x, const array& w, const OptionalArray& scales,
-         const OptionalArray& biases, bool transpose, bool quantize_x, int format) {
-        return lowbit::explain(x, w, scales, biases, transpose, quantize_x, Format(format));
+         const OptionalArray& biases, bool transpose, bool quantize_x, int format,
+         StreamOrDevice s) {
+        return lowbit::explain(x, w, scales, biases, transpose, quantize_x, Format(format), s);
       },
       "x"_a, "w"_a, "scales"_a.none(), "biases"_a.none(), "transpose"_a, "quantize_x"_a,
-      "format"_a, "The plan that would run, in words.");
+      "format"_a, "stream"_a = nb::none(), "The plan that would run, in words.");
+
+  m.def(
+      "cuda_plan",
+      [](int format, int dtype, int64_t M, int64_t N, int64_t K, bool transpose,
+         bool quantize_x, bool gather, int capability, int processors, int shared_bytes) {
+        const lowbit::Dtype type{dtype};
+        const lowbit::Problem problem{Format(format), type,       type,  M, N, K,
+                                      transpose,      quantize_x, gather};
+        const lowbit::cuda::Device device{capability, processors, shared_bytes};
+        const auto plan = lowbit::cuda::plan(problem, device);
+        return std::make_tuple(lowbit::cuda::describe(problem, plan, device), int(plan.kernel),
+                               plan.tokens, plan.rows, plan.stages, plan.split_k);
+      },
+      "format"_a, "dtype"_a, "M"_a, "N"_a, "K"_a, "transpose"_a = true, "quantize_x"_a = false,
+      "gather"_a = false, "capability"_a = 90, "processors"_a = 132, "shared_bytes"_a = 232448,
+      "(words, kernel, tokens, rows, stages, split_k) of a product on a CUDA device that need "
+      "not be here; dtype 0, 1, 2: float32, float16, bfloat16; kernel 0, 1, 2: matvec, matmul, "
+      "simt.");
+
+  m.attr("cuda_build") = LOWBIT_CUDA_BUILD;
+  m.attr("build") = LOWBIT_BUILD;
+  m.def(
+      "load_cuda", &lowbit::load_cuda, "path"_a,
+      "Loads the CUDA kernels from a shared object; RuntimeError says what is wrong with it.");
+  m.def(
+      "cuda_refusal", [](int device) { return lowbit::gpu().refusal(device); }, "device"_a = 0,
+      "Why the loaded CUDA kernels cannot run on a device, or an empty string.");
+  m.def(
+      "cuda_memory",
+      [](int device) {
+        const lowbit::MemoryUse use = lowbit::gpu().memory_use(device);
+        return std::make_tuple(use.active, use.peak, use.cached);
+      },
+      "device"_a = 0, "Bytes of results and scratch on a CUDA device: (active, peak, cached).");
 }

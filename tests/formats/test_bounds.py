@@ -116,13 +116,38 @@ def test_nvfp4_error(rng):
 
 
 def test_nvfp4_global_scale_reaches_small_tensors(nv_fmt, dtype, rng):
-    """With the tensor's amax as global_scale no group of it is flushed or clipped that matters."""
+    """With the tensor's amax A as global_scale every group gets a normal scale and keeps its bound.
+
+    All below is in units of A / 2688, in which a scale S is an e4m3 value and f = 2688 / A enlarges
+    w. The arithmetic rounds amax / 6 and w / S to the dtype of w before it multiplies by f, so a
+    value v arrives as v' with |v' - v| <= e(v) = v u + f h. u is the dtype's roundoff and three of
+    float32 (quotient, f, product); h is half the distance between subnormals, where the quotients
+    of a small float16 tensor lie.
+
+    - S is the e4m3 value nearest to v', v = amax / 6. |S - v'| <= v' / 17, reached at 17/16 of a
+      power of two, so |S - v| <= (v + e(v)) / 17 + e(v).
+    - A code is the e2m1 value nearest to x', x = |w| / S, so the error is at most half the step at
+      x + e(x), or x - 6 beyond the last value, and e(x).
+    """
     w = (rng.standard_normal((32, 128)) * 1e-3).astype(np.float32).astype(oracle.NUMPY_DTYPE[dtype])
     amax = np.float32(np.abs(w.astype(np.float32)).max())
     words, scales, _ = ops.quantize(oracle.to_mlx(w), mode="nvfp4", global_scale=mx.array(amax))
-    y = oracle.decode(nv_fmt, oracle.Weight(np.array(words), np.array(scales)), amax)
-    peak = np.repeat(np.abs(oracle.f64(w)).reshape(-1, 16).max(-1), 16).reshape(w.shape)
-    assert (np.abs(y - oracle.f64(w)) <= peak / 5.625 * (1 + 1e-6)).all()
+    q = oracle.Weight(np.array(words), np.array(scales))
+    enlarge = oracle.NVFP4_RANGE / float(amax)
+    exact = oracle.f64(w).reshape(-1, nv_fmt.group_size) * enlarge
+    error = np.abs(oracle.decode(nv_fmt, q, amax).reshape(exact.shape) * enlarge - exact)
+    unit, underflow = oracle.ROUNDOFF[dtype] + 4 * 2.0**-24, oracle.UNDERFLOW[dtype] * enlarge
+
+    octets = q.scales.reshape(-1)
+    assert ((octets >= 8) & (octets <= 0x7E)).all(), "a scale is subnormal or no positive number"
+    scale, wanted = oracle.scale_values(nv_fmt)[octets], np.abs(exact).max(-1) / 6
+    off = wanted * unit + underflow
+    assert (np.abs(scale - wanted) <= (wanted + off) / 17 + off).all()
+
+    x = np.abs(exact) / scale[:, None]
+    off = x * unit + underflow
+    limit = np.maximum(fp4_step(x + off), x - 6) + off
+    assert (error <= scale[:, None] * limit).all()
 
 
 def test_known_quality(rng):

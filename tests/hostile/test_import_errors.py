@@ -1,4 +1,4 @@
-"""Importing beside a wrong or incomplete installation: an ImportError with the command that mends it.
+"""Importing beside a wrong or incomplete installation: an ImportError with the mending command.
 
 Each case is a child process that arranges the defect before it imports the package.
 """

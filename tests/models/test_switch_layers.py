@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -95,6 +97,8 @@ def test_qq_switch_linear(qq_fmt):
     assert_picked(y, taken(x, fmt), decoded(layer), INDICES, linear.bias)
     made = nn.QQSwitchLinear(K, N, E, mode=fmt.mode)
     assert made.group_size == fmt.group_size and made.bits == fmt.bits and "bias" in made
+    assert made.global_scale is None and made.trainable_parameters() == {}
+    assert (made.input_dims, made.output_dims, made.num_experts) == (K, N, E)
 
 
 @pytest.mark.parametrize("kind", ["QuantizedSwitchLinear", "QQSwitchLinear"])
@@ -104,9 +108,13 @@ def test_switch_global_scales(kind, bias, dtype):
     linear.weight = linear.weight * mx.array([1.0, 0.1, 10, 3, 1])[:, None, None]
     linear.set_dtype(dtype)
     layer = getattr(nn, kind).from_linear(linear, mode="nvfp4", global_scale=True)
-    stock = linear.to_quantized(mode="nvfp4", group_size=16, bits=4, global_scale=True)
-    assert layer.global_scale.shape == (E,) and names(layer) == names(stock)
-    assert all(mx.array_equal(layer[name], stock[name]) for name in names(stock))
+    assert names(layer) == ["bias"] * bias + ["global_scale", "scales", "weight"]
+    assert layer.global_scale.dtype == mx.float32 and layer.global_scale.shape == (E,)
+    for e in range(E):
+        amax = mx.abs(linear.weight[e]).max().astype(mx.float32)
+        stored = mx.quantize(linear.weight[e], mode="nvfp4", global_scale=amax)
+        held = layer.weight[e], layer.scales[e], layer.global_scale[e]
+        assert all(mx.array_equal(a, b) for a, b in zip(held, (*stored, amax), strict=True))
     whole = packed(layer)
     weight = np.stack(
         [
@@ -125,6 +133,24 @@ def test_switch_global_scales(kind, bias, dtype):
         assert_product(
             value, seen[t : t + 1], weight[chosen], linear.bias[chosen] if bias else None
         )
+
+
+def test_switch_global_scales_are_mlx_lms():
+    linear = stack()
+    if "global_scale" not in inspect.signature(linear.to_quantized).parameters:
+        pytest.skip("mlx-lm before 0.32 has no global scales")
+    stock = linear.to_quantized(mode="nvfp4", group_size=16, bits=4, global_scale=True)
+    layer = nn.QuantizedSwitchLinear.from_linear(linear, mode="nvfp4", global_scale=True)
+    assert names(layer) == names(stock)
+    assert all(mx.array_equal(layer[name], stock[name]) for name in names(stock))
+
+
+def test_switch_constructor_with_global_scales():
+    made = nn.QQSwitchLinear(K, N, E, bias=False, global_scale=True)
+    assert (made.mode, made.global_scale.shape, "bias" in made) == ("nvfp4", (E,), False)
+    assert made.trainable_parameters() == {}
+    with pytest.raises(ValueError, match="global_scale"):
+        nn.QQSwitchLinear(K, N, E, mode="mxfp8", global_scale=True)
 
 
 def test_switch_refusals():

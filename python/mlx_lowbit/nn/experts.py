@@ -16,10 +16,9 @@ from .layer import (
     check_activation_mode,
     check_quantized,
     check_source,
-    empty,
     quantization,
+    quantized_from,
     share,
-    store_quantized,
     stored_global_scale,
 )
 from .qqlinear import global_scales
@@ -78,21 +77,19 @@ class SwitchProduct(LowbitLayer):
             ValueError: as :meth:`mlx_lowbit.nn.QuantizedLinear.from_linear`.
         """
         weight = check_source("switch_linear", switch_linear, "a SwitchLinear", 3)
-        layer = empty(cls)
-        layer.global_scale = None
-        store_quantized(
-            layer,
+        layer = quantized_from(
+            cls,
+            switch_linear,
             weight,
+            bias=switch_linear.get("bias"),
             group_size=group_size,
             bits=bits,
             mode=mode,
             global_scale=global_scale,
             nan_policy=nan_policy,
         )
-        layer.freeze()
-        if "bias" in switch_linear:
-            layer.bias = switch_linear.bias  # after freeze(): trainable, as in MLX
-        layer.train(switch_linear.training)
+        if not global_scale:
+            layer.global_scale = None
         return layer
 
     @classmethod

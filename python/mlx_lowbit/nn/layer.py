@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -137,3 +138,44 @@ def store_quantized(
     ]
     layer.weight, layer.scales = (mx.stack(column) for column in list(zip(*parts, strict=True))[:2])
     layer.biases = None
+
+
+def store_random(
+    layer: mlx_nn.Module, shape: tuple[int, ...], *, bias: bool, **storage: Any
+) -> None:
+    """Make ``layer`` what MLX's constructors make of one: random weight, zero bias, frozen.
+
+    Args:
+        shape: of the weight before it is quantized, [..., N, K].
+        storage: the keywords of :func:`store_quantized`, which says what is raised.
+    """
+    mlx_nn.Module.__init__(layer)
+    bound = math.sqrt(1 / shape[-1])
+    weight = mx.random.uniform(low=-bound, high=bound, shape=shape)
+    store_quantized(layer, weight, nan_policy="propagate", **storage)
+    if bias:
+        layer.bias = mx.zeros(shape[:-1])
+    layer.freeze()
+
+
+def quantized_from(
+    cls: type[Layer],
+    source: mlx_nn.Module,
+    weight: mx.array,
+    *,
+    bias: mx.array | None = None,
+    **storage: Any,
+) -> Layer:
+    """A frozen layer of class ``cls`` which stores ``weight`` [..., N, K] of ``source`` quantized.
+
+    Args:
+        bias: shared, not copied, and trainable, as in MLX.
+        storage: the keywords of :func:`store_quantized`, which says what is raised.
+    """
+    layer = empty(cls)
+    store_quantized(layer, weight, **storage)
+    layer.freeze()
+    if bias is not None:
+        layer.bias = bias
+    layer.train(source.training)
+    return layer

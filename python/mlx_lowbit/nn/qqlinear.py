@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
 import mlx.nn as mlx_nn
 
@@ -13,10 +11,10 @@ from .layer import (
     check_activation_mode,
     check_quantized,
     check_source,
-    empty,
     quantization,
+    quantized_from,
     share,
-    store_quantized,
+    store_random,
     stored_global_scale,
 )
 
@@ -69,21 +67,15 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
         bias: bool = False,
     ) -> None:
         check_activation_mode(type(self).__name__, mode)
-        mlx_nn.Module.__init__(self)
-        bound = math.sqrt(1 / input_dims)
-        weight = mx.random.uniform(low=-bound, high=bound, shape=(output_dims, input_dims))
-        store_quantized(
+        store_random(
             self,
-            weight,
+            (output_dims, input_dims),
+            bias=bias,
             group_size=group_size,
             bits=bits,
             mode=mode,
             global_scale=False,
-            nan_policy="propagate",
         )
-        if bias:
-            self.bias = mx.zeros((output_dims,))
-        self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., input_dims] -> [..., output_dims]: :func:`mlx_lowbit.qqmm`."""
@@ -136,21 +128,17 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
         """
         check_activation_mode(cls.__name__, mode)
         weight = check_source("linear_layer", linear_layer, "an mlx.nn.Linear", 2)
-        layer = empty(cls)
-        store_quantized(
-            layer,
+        return quantized_from(
+            cls,
+            linear_layer,
             weight,
+            bias=linear_layer.get("bias"),
             group_size=group_size,
             bits=bits,
             mode=mode,
             global_scale=global_scale,
             nan_policy=nan_policy,
         )
-        layer.freeze()
-        if "bias" in linear_layer:
-            layer.bias = linear_layer.bias  # after freeze(): trainable, as in MLX
-        layer.train(linear_layer.training)
-        return layer
 
     @classmethod
     def from_quantized(cls, layer: mlx_nn.Module) -> QQLinear:

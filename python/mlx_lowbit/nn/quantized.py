@@ -10,10 +10,9 @@ from .layer import (
     LowbitLayer,
     check_quantized,
     check_source,
-    empty,
     quantization,
+    quantized_from,
     share,
-    store_quantized,
     stored_global_scale,
 )
 
@@ -71,21 +70,17 @@ class QuantizedLinear(LowbitLayer, mlx_nn.QuantizedLinear):
                 is not finite, or ``global_scale=True`` in a mode other than nvfp4.
         """
         weight = check_source("linear_layer", linear_layer, "an mlx.nn.Linear", 2)
-        layer = empty(cls)
-        store_quantized(
-            layer,
+        return quantized_from(
+            cls,
+            linear_layer,
             weight,
+            bias=linear_layer.get("bias"),
             group_size=group_size,
             bits=bits,
             mode=mode,
             global_scale=global_scale,
             nan_policy=nan_policy,
         )
-        layer.freeze()
-        if "bias" in linear_layer:
-            layer.bias = linear_layer.bias  # after freeze(): trainable, as in MLX
-        layer.train(linear_layer.training)
-        return layer
 
     @classmethod
     def from_quantized(cls, layer: mlx_nn.Module) -> QuantizedLinear:
@@ -150,9 +145,9 @@ class QuantizedEmbedding(LowbitLayer, mlx_nn.QuantizedEmbedding):
             ValueError: as :meth:`QuantizedLinear.from_linear`.
         """
         weight = check_source("embedding_layer", embedding_layer, "an mlx.nn.Embedding", 2)
-        layer = empty(cls)
-        store_quantized(
-            layer,
+        layer = quantized_from(
+            cls,
+            embedding_layer,
             weight,
             group_size=group_size,
             bits=bits,
@@ -161,8 +156,6 @@ class QuantizedEmbedding(LowbitLayer, mlx_nn.QuantizedEmbedding):
             nan_policy=nan_policy,
         )
         layer.num_embeddings, layer.dims = weight.shape
-        layer.train(embedding_layer.training)
-        layer.freeze()
         return layer
 
     @classmethod

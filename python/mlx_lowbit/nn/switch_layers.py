@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from mlx_lm.models import mla, switch_layers
 
-from .. import formats
 from .experts import MultiProduct, QQSwitchProduct, SwitchProduct
-from .layer import check_activation_mode
+from .layer import check_activation_mode, store_random
 
 
 class QuantizedSwitchLinear(SwitchProduct, switch_layers.QuantizedSwitchLinear):
@@ -47,17 +46,18 @@ class QQSwitchLinear(QQSwitchProduct, switch_layers.QuantizedSwitchLinear):
         global_scale: bool = False,
     ) -> None:
         check_activation_mode(type(self).__name__, mode)
-        fmt = formats.get(mode=mode, bits=bits, group_size=group_size)
-        super().__init__(
-            input_dims,
-            output_dims,
-            num_experts,
-            bias,
-            fmt.group_size,
-            fmt.bits,
+        # Not by mlx-lm's constructor, which before 0.32 knows no global scales.
+        store_random(
+            self,
+            (num_experts, output_dims, input_dims),
+            bias=bias,
+            group_size=group_size,
+            bits=bits,
             mode=mode,
             global_scale=global_scale,
         )
+        if not global_scale:
+            self.global_scale = None
 
 
 class QuantizedMultiLinear(MultiProduct, mla.QuantizedMultiLinear):

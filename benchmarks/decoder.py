@@ -1,0 +1,156 @@
+"""A full-size decoder through mlx-lm: tokens-per-sec with MLX's layers and with this package's.
+
+    python -m benchmarks.decoder [--weights bf16 mlx-4 ours-4] [--batch 1 16] [--prompt 2048]
+
+The model has the shape of Moxin-7B's decoder (Mistral: 36 layers, 4096, 14336, 32/8 heads,
+vocabulary 32064) and random weights, made on the device: nothing is downloaded. `mlx-B` are MLX's
+quantized layers with B bits (group 64), `ours-B` the same model after `mlx_lowbit.accelerate`;
+`mxfp8` and `nvfp4` stand where a number of bits does. Prefill is the second of two, so that what is
+compiled at first use is not in it; `first` is the first one, in seconds. Decoding is greedy, one
+`async_eval` a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lowbit
+from tqdm import tqdm
+
+from benchmarks.device import device_name
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32064,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def build(weights: str, layers: int):
+    """The model, with random weights quantized as `weights` says."""
+    from mlx.utils import tree_map
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    model = Model(ModelArgs.from_dict(CONFIG | {"num_hidden_layers": layers}))
+    model.update(
+        tree_map(
+            lambda p: (0.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), model.parameters()
+        )
+    )
+    for layer in model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight = mx.ones_like(norm.weight)
+    whose, _, fmt = weights.partition("-")
+    if fmt.isdigit():
+        nn.quantize(model, group_size=64, bits=int(fmt))
+    elif fmt:
+        shape = mlx_lowbit.formats.get(fmt)
+        nn.quantize(model, group_size=shape.group_size, bits=shape.bits, mode=fmt)
+    mx.eval(model.parameters())
+    if whose == "ours":
+        mlx_lowbit.accelerate(model)
+    return model
+
+
+def prefill(model, tokens: mx.array):
+    """(logits of the last position, cache, seconds)."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    mx.synchronize()
+    begin = time.perf_counter()
+    logits = model(tokens, cache=cache)[:, -1]
+    mx.eval(logits, [c.state for c in cache])
+    return logits, cache, time.perf_counter() - begin
+
+
+def decode(model, logits: mx.array, cache, count: int) -> float:
+    """Tokens a second and sequence, the median of five parts."""
+    token = mx.argmax(logits, axis=-1)
+    mx.async_eval(token)
+    parts = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        for _ in range(count // 5):
+            following = mx.argmax(model(token[:, None], cache=cache)[:, -1], axis=-1)
+            mx.async_eval(following)
+            mx.eval(token)
+            token = following
+        parts.append((count // 5) / (time.perf_counter() - begin))
+    return statistics.median(parts[1:])
+
+
+def measure(weights: str, batches: list[int], prompt: int, tokens: int, layers: int) -> list[dict]:
+    mx.reset_peak_memory()
+    model = build(weights, layers)
+    rows = []
+    for batch in batches:
+        ids = mx.random.randint(0, CONFIG["vocab_size"], (batch, prompt))
+        *_, first = prefill(model, ids)
+        logits, cache, seconds = prefill(model, ids)
+        rows.append(
+            {
+                "weights": weights,
+                "batch": batch,
+                "prompt": prompt,
+                "first_prefill_s": round(first, 3),
+                "prefill_tokens_per_sec": round(batch * prompt / seconds, 1),
+                "decode_tokens_per_sec": round(batch * decode(model, logits, cache, tokens), 1),
+                "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
+            }
+        )
+        del logits, cache
+    del model
+    gc.collect()
+    mx.clear_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--weights", nargs="+", default=["bf16", "mlx-8", "ours-8", "mlx-4", "ours-4", "ours-3"]
+    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    options = parser.parse_args()
+    rows: list[dict] = []
+    for weights in tqdm(options.weights, disable=None):
+        for row in measure(weights, options.batch, options.prompt, options.tokens, options.layers):
+            rows.append(row)
+            print(
+                f"{row['weights']:10} batch {row['batch']:3}  "
+                f"prefill {row['prefill_tokens_per_sec']:10.1f}  "
+                f"decode {row['decode_tokens_per_sec']:8.1f} tokens-per-sec  "
+                f"first prefill {row['first_prefill_s']:.2f} s  "
+                f"peak memory {row['peak_memory_gb']:.1f} GB",
+                flush=True,
+            )
+    if options.json:
+        scratch = options.json.with_suffix(".tmp")
+        scratch.write_text(
+            json.dumps({"device": device_name(), "mlx": mx.__version__, "rows": rows}, indent=1)
+            + "\n"
+        )
+        scratch.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()

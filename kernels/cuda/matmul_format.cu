@@ -1,0 +1,93 @@
+// The matmul kernels of one format: compiled once for each row of formats.def, with its name in
+// LOWBIT_FORMAT.
+#include <atomic>
+
+#include "formats.h"
+#include "matmul_kernel.cuh"
+#include "matmul_rules.h"
+
+namespace lowbit::cuda {
+
+namespace {
+
+bool vectors(const void* p, int64_t row_bytes, int bytes) {
+  return (reinterpret_cast<uintptr_t>(p) | uint64_t(row_bytes)) % uint64_t(bytes) == 0;
+}
+
+// How many clusters of `size` blocks run at once: at most the multiprocessors over `size`, fewer
+// where a GPC holds no multiple of it.
+int clusters_at_once(void (*kernel)(MatmulArgs), int threads, int shared_bytes, int size,
+                     int processors) {
+  if (size == 1) return processors;
+  static std::atomic<int> known[17];
+  if (const int count = known[size].load()) return count;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaLaunchAttribute dimension{};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim = {unsigned(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(size), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.attrs = &dimension, config.numAttrs = 1;
+  int count = 0;
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess || count < 1)
+    count = processors / size;
+  known[size] = count;
+  return count;
+}
+
+template <class F, class T, int kTokens>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  using Shape = MatmulShape<F, T, kTokens>;
+  const auto up = [](int64_t n, int64_t by) { return int((n + by - 1) / by); };
+  MatmulArgs a{};
+  a.M = int(p.M), a.N = int(p.N), a.K = int(p.K);
+  a.share = plan.rows / Shape::kRows;
+  a.units = up(p.K, 128);
+  a.split = plan.split_k;
+  a.part = up(up(a.units, a.split), 2) * 2;
+  a.token_tiles = up(p.M, kTokens);
+  a.row_groups = up(p.N, plan.rows);
+  // 2048 tokens: 16 MB of x at K = 4096.
+  a.panel = 2048 / kTokens;
+  a.out_tokens = a.split > 1 ? 16 : 32;
+
+  a.x = tensor_map(p.x, 2, p.M, p.K, 2 * p.K, kTokens / a.share, 64, 128);
+  a.codes = tensor_map(p.w.codes, 1, p.N, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
+                       Shape::kRowBytes, Shape::kSwizzle);
+  a.y_data = p.y;
+  a.y_tiles = vectors(p.y, 2 * p.N, 16);
+  a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.x;
+  a.scales = static_cast<const uint8_t*>(p.w.scales);
+  a.biases = static_cast<const uint8_t*>(p.w.biases);
+  a.scale_row = int(p.K / F::kGroup) * Shape::kScaleSize;
+  a.scale_vectors = p.K % 256 == 0 && vectors(a.scales, a.scale_row, Shape::kBatchBytes) &&
+                    vectors(a.biases, a.scale_row, Shape::kBatchBytes);
+  a.bias = p.bias, a.bias_is_f32 = p.bias_dtype == Dtype::f32;
+  a.global_x = p.global_x, a.global_w = p.global_w;
+
+  const int cluster = a.share * a.split, tiles = a.row_groups * a.token_tiles;
+  int clusters = clusters_at_once(matmul_kernel<F, T, kTokens>, Shape::kThreads, Shape::kBytes,
+                                  cluster, queue.device().processors);
+  if (a.split > 1 || clusters > tiles) clusters = tiles;
+  queue.run(matmul_kernel<F, T, kTokens>, dim3(clusters * cluster), dim3(Shape::kThreads),
+            size_t(Shape::kBytes), cluster, a);
+}
+
+template <class F, class T>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  if (plan.tokens == 64) return launch<F, T, 64>(p, plan, queue);
+  if (plan.tokens == 128) return launch<F, T, 128>(p, plan, queue);
+  return launch<F, T, 256>(p, plan, queue);
+}
+
+}  // namespace
+
+template <>
+void matmul_format<Format::LOWBIT_FORMAT>(const Product& p, const Plan& plan, Queue& queue) {
+  using F = TypeOf<Format::LOWBIT_FORMAT>::type;
+  if (p.dtype == Dtype::bf16) return launch<F, bf16>(p, plan, queue);
+  if constexpr (F::kHasBias || F::kGroup == 16) launch<F, f16>(p, plan, queue);
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,99 @@
+// The matvec kernels of one format: compiled once for each row of formats.def, with its name in
+// LOWBIT_FORMAT.
+#include <atomic>
+
+#include "formats.h"
+#include "matvec.h"
+
+namespace lowbit::cuda {
+
+namespace {
+
+bool aligned(const void* p, int64_t row_bytes, int to) {
+  return (reinterpret_cast<uintptr_t>(p) | uint64_t(row_bytes)) % unsigned(to) == 0;
+}
+
+// How many clusters of `size` blocks the device runs at once: fewer than its multiprocessors
+// over `size`, since a cluster stays within one GPC.
+int clusters_at_once(void (*kernel)(MatvecArgs), int threads, int shared_bytes, int size) {
+  static std::atomic<int> known[9];
+  if (int count = known[size].load()) return count;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(size), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.attrs = &cluster, config.numAttrs = 1;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  int count = 0;
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess || count < 1)
+    count = 1;
+  known[size] = count;
+  return count;
+}
+
+template <class F, class T, int TOK, bool split>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  using Shape = MatvecShape<F, T, TOK>;
+  MatvecArgs a{};
+  a.codes = p.w.codes;
+  a.scales = static_cast<const uint8_t*>(p.w.scales);
+  a.biases = static_cast<const uint8_t*>(p.w.biases);
+  a.x = p.x;
+  a.y = p.y;
+  a.bias = p.bias;
+  a.bias_is_f32 = p.bias_dtype == Dtype::f32;
+  a.global_w = p.global_w;
+  a.row_bytes = p.w.row_bytes;
+  a.N = int(p.N), a.K = int(p.K), a.M = int(p.M);
+  a.x_aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  const int64_t scale_row = p.K / Shape::kGroup * Shape::kScaleSize;
+  a.aligned = aligned(p.w.codes, p.w.row_bytes, 16) &&
+              aligned(p.w.scales, scale_row, Shape::kScaleRow) &&
+              aligned(p.w.biases, scale_row, Shape::kScaleRow);
+  a.part = int(MatvecSizes::part(p.K, plan.split_k));
+  const int parts = (a.K + a.part - 1) / a.part;
+  const int all = int((p.N + Shape::kRows - 1) / Shape::kRows);
+  const int at_once = parts == 1
+                          ? queue.device().processors
+                          : clusters_at_once(matvec_kernel<F, T, TOK, split>, Shape::kThreads,
+                                             queue.device().shared_bytes, parts);
+  const int teams = at_once < all ? at_once : all;
+  a.at = Shape::kSizes.layout(a.part, split ? (all + teams - 1) / teams : 0);
+  queue.run(matvec_kernel<F, T, TOK, split>, dim3(teams * parts), dim3(Shape::kThreads),
+            size_t(a.at.bytes), parts, a);
+}
+
+template <class F, class T, int TOK>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  if (plan.split_k > 1)
+    launch<F, T, TOK, true>(p, plan, queue);
+  else
+    launch<F, T, TOK, false>(p, plan, queue);
+}
+
+template <class F, class T>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  if (plan.tokens <= 1)
+    launch<F, T, 1>(p, plan, queue);
+  else if (plan.tokens <= 4)
+    launch<F, T, 4>(p, plan, queue);
+  else if (plan.tokens <= 8)
+    launch<F, T, 8>(p, plan, queue);
+  else
+    launch<F, T, 16>(p, plan, queue);
+}
+
+}  // namespace
+
+template <>
+void matvec_format<Format::LOWBIT_FORMAT>(const Product& p, const Plan& plan, Queue& queue) {
+  using F = TypeOf<Format::LOWBIT_FORMAT>::type;
+  if (p.dtype == Dtype::bf16)
+    launch<F, bf16>(p, plan, queue);
+  else
+    launch<F, f16>(p, plan, queue);
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,48 @@
+#include "plan.h"
+
+#include <sstream>
+
+#include "matmul_rules.h"
+#include "matvec_rules.h"
+
+namespace lowbit::cuda {
+
+namespace {
+
+Plan matmul_plan(const Problem& p, const Device&) {
+  return {Plan::Kernel::matmul, p.M <= 64 ? 64 : p.M <= 128 ? 128 : 256, 128, 0, 1};
+}
+
+}  // namespace
+
+Plan plan(const Problem& p, const Device& device) {
+  if (matvec_supports(p, device))
+    return {Plan::Kernel::matvec, matvec_tokens(p.M), MatvecSizes::kRows, MatvecSizes::kStages,
+            matvec_split(p, device)};
+  if (!p.gather && matmul_supports(p, device)) return matmul_plan(p, device);
+  return {Plan::Kernel::simt, 0, 0, 0, 0};
+}
+
+std::string describe(const Problem& p, const Plan& plan, const Device& device) {
+  std::ostringstream text;
+  switch (plan.kernel) {
+    case Plan::Kernel::matvec:
+      text << "cuda matvec, mma.sync from the stored layout (" << name(p.dtype)
+           << " in, float32 sums), weights read once, " << plan.tokens << " tokens x "
+           << plan.rows << " rows of w a tile, ring of " << plan.stages << " slices a warp";
+      break;
+    case Plan::Kernel::matmul:
+      text << "cuda matmul, wgmma with weights decoded in registers (" << name(p.dtype)
+           << " in, float32 sums), " << plan.tokens << " tokens x " << plan.rows
+           << " rows of w a tile";
+      break;
+    case Plan::Kernel::simt:
+      text << "cuda simt, float32 arithmetic";
+      break;
+  }
+  if (plan.split_k > 1) text << ", K split over clusters of " << plan.split_k << " blocks";
+  text << ", compute capability " << device.capability / 10 << "." << device.capability % 10;
+  return text.str();
+}
+
+}  // namespace lowbit::cuda

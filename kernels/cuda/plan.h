@@ -1,0 +1,32 @@
+// From a problem to how it runs on an NVIDIA GPU: pure, printable, tested without a device.
+#pragma once
+
+#include <string>
+
+#include "../host/problem.h"
+
+namespace lowbit::cuda {
+
+// What a plan may know of a device.
+struct Device {
+  int capability;    // 90 for compute capability 9.0
+  int processors;    // streaming multiprocessors
+  int shared_bytes;  // shared memory a block may opt in to
+};
+
+struct Plan {
+  enum class Kernel : int {
+    matvec,  // weights stream once, tokens on the n side of mma.sync
+    matmul,  // wgmma, weights decoded in registers
+    simt,    // float32 arithmetic on the CUDA cores: every case the others leave
+  } kernel;
+  int tokens;   // rows of x in a tile
+  int rows;     // stored rows of w in a tile
+  int stages;   // of the shared memory ring
+  int split_k;  // blocks of a cluster that share a tile, each with a part of K
+};
+
+Plan plan(const Problem&, const Device&);
+std::string describe(const Problem&, const Plan&, const Device&);
+
+}  // namespace lowbit::cuda

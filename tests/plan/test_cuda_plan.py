@@ -1,0 +1,69 @@
+"""The CUDA plan table, which needs no device: every problem gets a plan that fits the device."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lowbit import _ext
+from mlx_lowbit.formats import FORMATS, Format
+
+MATVEC, MATMUL, SIMT = range(3)
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+H200 = {"capability": 90, "processors": 132, "shared_bytes": 232448}
+A100 = {"capability": 80, "processors": 108, "shared_bytes": 166912}
+RTX4090 = {"capability": 89, "processors": 128, "shared_bytes": 101376}
+
+
+def plan(fmt: Format, M: int, N: int, K: int, dtype: int = BFLOAT16, **options):
+    words, *numbers = _ext.cuda_plan(fmt.id, dtype, M, N, K, **options)
+    return words, *numbers
+
+
+@pytest.mark.parametrize("M, tokens", [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
+def test_few_rows_read_weights_once(fmt, M, tokens):
+    words, kernel, got, *_ = plan(fmt, M, 4096, 4096)
+    assert (kernel, got) == (MATVEC, tokens), words
+
+
+def test_many_rows_on_hopper_use_wgmma(fmt):
+    words, kernel, *_ = plan(fmt, 2048, 14336, 4096)
+    assert kernel == MATMUL and "wgmma" in words
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": FLOAT32}, {"transpose": False}, {"quantize_x": True}, {"gather": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("M", [1, 2048])
+def test_other_cases_use_float32_arithmetic(fmt, M, options):
+    words, kernel, *_ = plan(fmt, M, 4096, 4096, **options)
+    assert kernel == SIMT, words
+
+
+@pytest.mark.parametrize("device", [H200, A100, RTX4090], ids=["H200", "A100", "4090"])
+@given(data=st.data())
+def test_every_problem_has_a_plan_that_fits(device, data):
+    fmt = data.draw(st.sampled_from(FORMATS))
+    M = data.draw(st.integers(1, 5000))
+    N = data.draw(st.integers(1, 200_000))
+    K = data.draw(st.integers(1, 1000)) * fmt.group_size
+    dtype = data.draw(st.sampled_from([FLOAT32, FLOAT16, BFLOAT16]))
+    words, kernel, tokens, _rows, _stages, split_k = plan(fmt, M, N, K, dtype, **device)
+    assert words and kernel in (MATVEC, MATMUL, SIMT)
+    if kernel == MATVEC:
+        assert tokens >= M and K % 32 == 0 and dtype != FLOAT32
+        assert split_k == 1 or device["capability"] >= 90
+    if kernel == MATMUL:
+        assert device["capability"] == 90 and dtype != FLOAT32
+
+
+def test_long_rows_of_x_are_split_over_a_cluster():
+    fmt = next(f for f in FORMATS if f.name == "affine4_g64")
+    *_, few = plan(fmt, 1, 4096, 14336)
+    words, *_, many = plan(fmt, 8, 4096, 14336)
+    assert few == 1 and many > 1
+    assert int(re.search(r"clusters of (\d+)", words)[1]) == many
