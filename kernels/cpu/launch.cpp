@@ -163,13 +163,36 @@ ProductInputs weak(const ProductInputs& in) {
           weak(in.rhs)};
 }
 
+// Elements of `a`, from `from` on along dimensions `axis` and later, in row order.
+void copy_rows(const mx::array& a, const char* from, int axis, char*& to) {
+  const auto size = int64_t(a.itemsize());
+  if (axis == a.ndim()) {
+    std::memcpy(to, from, size_t(size));
+    to += size;
+    return;
+  }
+  if (axis == a.ndim() - 1 && a.strides(axis) == 1) {
+    std::memcpy(to, from, size_t(a.shape(axis) * size));
+    to += a.shape(axis) * size;
+    return;
+  }
+  for (int64_t i = 0; i < a.shape(axis); i++)
+    copy_rows(a, from + i * a.strides(axis) * size, axis + 1, to);
+}
+
 void execute(const ProductKind& kind, const ProductInputs& in, mx::array& out) {
   const ProductShape s = ProductShape::of(kind, in);
   Product p{};
   p.format = kind.format;
   if (kind.format == Format::dense) p.dense_dtype = dtype_of(in.w.dtype());
   p.transpose = kind.transpose;
-  p.x = {in.x.data<void>(),
+  std::vector<char> rows;
+  if (!in.x.flags().row_contiguous) {
+    rows.resize(in.x.nbytes());
+    char* to = rows.data();
+    copy_rows(in.x, in.x.data<char>(), 0, to);
+  }
+  p.x = {rows.empty() ? in.x.data<void>() : rows.data(),
          dtype_of(in.x.dtype()),
          s.K,
          nullptr,

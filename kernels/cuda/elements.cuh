@@ -153,6 +153,16 @@ struct Block {
   }
 };
 
+// Affine formats differ in their groups alone, which are no part of a kernel.
+template <class F>
+struct Family {
+  using type = F;
+};
+template <int B, int G>
+struct Family<Affine<B, G>> {
+  using type = Affine<B, 32>;
+};
+
 // Two floats rounded to a 16-bit dtype, the first in the low half.
 __device__ __forceinline__ uint32_t round_pair(float a, float b, Dtype d) {
   uint32_t pair;

@@ -69,6 +69,18 @@ class Queue {
   }
 };
 
+// An array that is not in row order: `dims` dimensions, strides in elements.
+struct Strided {
+  static constexpr int kDims = 10;
+  int dims;
+  int64_t shape[kDims], strides[kDims];
+};
+// Its elements in row order.
+void copy_rows(const void* from, const Strided&, Dtype, void* to, Queue&);
+
+// A product as plan() says.
+void run(const Product&, Queue&);
+
 // Products, one function a kernel file. Each takes what plan() hands it and nothing else.
 void matvec(const Product&, const Plan&, Queue&);
 void matmul(const Product&, const Plan&, Queue&);

@@ -235,6 +235,28 @@ Weights weights(Format format, const mx::array& w, const mx::array& scales,
   return v;
 }
 
+// x's rows one after the other.
+const void* rows(const mx::array& x, EncoderQueue& queue) {
+  const void* from = queue.input<void>(x);
+  if (x.flags().row_contiguous) return from;
+  Strided a{};
+  for (int d = 0; d < x.ndim(); d++) {
+    if (x.shape(d) == 1) continue;
+    // Dimensions that one stride spans are one.
+    if (a.dims > 0 && a.strides[a.dims - 1] == x.strides(d) * x.shape(d)) {
+      a.shape[a.dims - 1] *= x.shape(d), a.strides[a.dims - 1] = x.strides(d);
+      continue;
+    }
+    if (a.dims == Strided::kDims)
+      throw std::runtime_error("[lowbit] x has more dimensions than can be copied: 10");
+    a.shape[a.dims] = x.shape(d), a.strides[a.dims] = x.strides(d);
+    a.dims++;
+  }
+  void* to = queue.scratch(x.nbytes());
+  copy_rows(from, a, dtype_of(x.dtype()), to, queue);
+  return to;
+}
+
 void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out,
             mx::Stream stream) {
   if (kind.format == Format::dense)
@@ -248,7 +270,7 @@ void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out,
   p.dtype = dtype_of(out.dtype());
   p.M = s.M, p.N = s.N, p.K = s.K;
   p.w = weights(kind.format, in.w, *in.scales, in.biases, queue);
-  p.x = queue.input<void>(in.x);
+  p.x = rows(in.x, queue);
   p.bias = queue.input<void>(in.bias);
   if (in.bias) p.bias_dtype = dtype_of(in.bias->dtype());
   p.global_x = queue.input<float>(in.global_x);
@@ -259,17 +281,7 @@ void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out,
   p.pairs = s.pairs;
   p.x_matrices = s.x_matrices;
   p.y = queue.output<void>(out);
-  const Plan plan = cuda::plan(
-      {p.format, p.dtype, p.dtype, p.M, p.N, p.K, p.transpose, p.quantize_x, kind.gather},
-      queue.device());
-  switch (plan.kernel) {
-    case Plan::Kernel::matvec:
-      return matvec(p, plan, queue);
-    case Plan::Kernel::matmul:
-      return matmul(p, plan, queue);
-    case Plan::Kernel::simt:
-      return simt(p, plan, queue);
-  }
+  run(p, queue);
 }
 
 void launch_quantize(Format format, const mx::array& w,

@@ -32,7 +32,9 @@ namespace lowbit::cuda {
 
 struct MatmulArgs {
   CUtensorMap x, codes, y;
-  const uint8_t *scales, *biases;
+  const void* x_data;
+  const uint8_t *code_data, *scales, *biases;
+  int64_t row_bytes;  // of codes
   int scale_row;       // bytes
   bool scale_vectors;  // rows of scales allow vector loads
   bool y_tiles;        // y allows tensor copies
@@ -102,18 +104,6 @@ __device__ __forceinline__ int turn_of(int row, int row_bytes) {
   return row_bytes == 128 ? row % 8 : row_bytes == 64 ? row / 2 % 4 : row_bytes == 32 ? row / 4 % 2 : 0;
 }
 
-template <int bytes>
-__device__ __forceinline__ void load_shared(uint32_t address, uint32_t* to) {
-  if constexpr (bytes == 16)
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address));
-  else if constexpr (bytes == 8)
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address));
-  else
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(address));
-}
-
 // Where a ring is: how many slots were taken so far.
 template <int kStages>
 struct Ring {
@@ -156,6 +146,8 @@ struct MatmulBlock {
     return x_full(slot) + 192;
   }
   __device__ __forceinline__ uint32_t begun() const { return x_full(0) + 256; }
+  // Not zero: scales that the decoder cannot carry have come.
+  __device__ __forceinline__ uint32_t extreme_at() const { return x_full(0) + 264; }
 
   __device__ void init() const {
     for (int i = 0; i < Shape::kXStages; i++) {
@@ -167,6 +159,7 @@ struct MatmulBlock {
       init_barrier(unit_empty(i), 8);
     }
     init_barrier(begun(), 1);
+    store_shared(extreme_at(), 0);
     publish_barriers();
   }
 
@@ -235,16 +228,8 @@ struct MatmulBlock {
           word[w] = 0;
 #pragma unroll
           for (int i = w * 4; i < w * 4 + 4; i += kSize)
-            if (i < left) {
-              uint32_t v;
-              if constexpr (kSize == 2)
-                asm volatile("{ .reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h; }"
-                             : "=r"(v)
-                             : "l"(p + i));
-              else
-                asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p + i));
-              word[w] |= v << (8 * (i % 4));
-            }
+            if (i < left)
+              word[w] |= load_narrow<kSize>(p + i) << (8 * (i % 4));
         }
       } else if constexpr (kBytes == 16) {
         const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
@@ -267,12 +252,11 @@ struct MatmulBlock {
   // One of two warps, 64 rows each: two rows a lane. The batch after this one is on its way.
   __device__ void copy_scales(int warp, int lane) const {
     UnitRing ring;
-    constexpr int kRowBytes = Shape::kEntryRow;
+    constexpr int kRowBytes = Shape::kEntryRow, kGroups = 128 / F::kGroup;  // of a unit
     const uint32_t table = base + Shape::kTableAt;
     if constexpr (!Shape::kAffine) {
       for (int i = warp * 32 + lane; i < 256; i += 64)
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(table + 4 * i), "r"(Decode::entry(i))
-                     : "memory");
+        store_shared(table + 4 * i, Decode::entry(uint32_t(i)));
       sync_threads(4, 64);
     }
     each_tile([&](int row0, int) {
@@ -298,9 +282,8 @@ struct MatmulBlock {
       for (int at = first_unit * kUnit + 128; at < min(last_unit * kUnit, a.scale_row); at += 128)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          asm volatile("prefetch.global.L2 [%0];" ::"l"(a.scales + (row_at[i] + at)));
-          if constexpr (Shape::kAffine)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(a.biases + (row_at[i] + at)));
+          prefetch_line(a.scales + (row_at[i] + at));
+          if constexpr (Shape::kAffine) prefetch_line(a.biases + (row_at[i] + at));
         }
       for (int u = first_unit; u < last_unit; u += 2) {
         const Batch now_s[2] = {s[0], s[1]}, now_b[2] = {b[0], b[1]};
@@ -309,8 +292,13 @@ struct MatmulBlock {
         for (int h = 0; h < 2; h++) {
           if (u + h >= last_unit) break;
           wait_phase(unit_empty(ring.slot()), ring.parity() ^ 1);
+          bool extreme = false;
 #pragma unroll
           for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int group = h * kGroups; group < (h + 1) * kGroups; group++)
+              extreme |= Decode::extreme(Shape::kAffine ? now_s[i].half(group)
+                                                        : now_s[i].byte(group));
             const int row = warp * 64 + lane + 32 * i;
             const uint32_t to = unit_at(ring.slot()) + Shape::kCodeBytes + row * kRowBytes +
                                 turn_of(row, kRowBytes) * 16;
@@ -319,7 +307,6 @@ struct MatmulBlock {
               uint32_t v[4];
 #pragma unroll
               for (int e = 0; e < 16 / Shape::kEntry; e++) {
-                constexpr int kGroups = 128 / F::kGroup;  // of a unit
                 const int entry = chunk * 16 / Shape::kEntry + e;
                 const int group = h * kGroups + entry * kGroups / Shape::kEntries;
                 if constexpr (Shape::kAffine) {
@@ -333,11 +320,10 @@ struct MatmulBlock {
                   if constexpr (Decode::kBias) v[2 * e + 1] = Decode::bias_of(scale);
                 }
               }
-              asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to ^ chunk * 16),
-                           "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                           : "memory");
+              store_shared(to ^ chunk * 16, v);
             }
           }
+          if (extreme) store_shared(extreme_at(), 1);
           __syncwarp();
           if (lane == 0) arrive(unit_full(ring.slot()));
           ring.taken++;

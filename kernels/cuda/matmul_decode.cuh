@@ -6,7 +6,7 @@
 // words of a row, and each takes its own part. Codes become elements of T exactly; what is rounded
 // is scale * code + bias, once.
 //
-// Instructions per pair and lane, bf16: 4 and 8 bits 3, 3 bits 3.75, nvfp4 4.5, e4m3 6; fp16 one
+// Instructions per pair and lane, bf16: 4 and 8 bits 3, 3 bits 3.75, e2m1 4.5, e4m3 5; fp16 one
 // more.
 #pragma once
 
@@ -70,9 +70,9 @@ template <class Code, class T>
 struct Pairs;
 
 // Unsigned codes. bf16: a code in the low 8 bits is the value code * 2^-133, since subnormal
-// numbers and the first normal ones are equally spaced; group_pair makes up for that factor, as
-// far as scales of up to 2^26 allow, and kAlphaExponent for the rest. fp16 has no such range:
-// there the code becomes the mantissa of 1024 + code, from which 1024 is subtracted.
+// numbers and the first normal ones are equally spaced; group_pair makes up for that factor, less
+// kAlphaExponent, as far as `extreme` allows. fp16 has no such range: there the code becomes the
+// mantissa of 1024 + code, from which 1024 is subtracted.
 template <int B, class T>
 struct Pairs<Unsigned<B>, T> {
   static constexpr uint32_t kMask = (1u << B) - 1;
@@ -82,6 +82,7 @@ struct Pairs<Unsigned<B>, T> {
   static constexpr bool kInPlace = 2 * B <= (kTiny ? 8 : Half<T>::kMantissaBits);
   static constexpr int kSecondAt = kInPlace ? B : 0;
   static constexpr int kLift = kTiny ? 133 : 0, kAlphaExponent = kTiny ? 32 : 0;
+  static constexpr bool kExtreme = kTiny;
 
   uint32_t select;  // bytes for permute, or by how many bits to shift
   int c;
@@ -126,6 +127,11 @@ struct Pairs<Unsigned<B>, T> {
     return fma2<T>(q, g.scale, g.bias);
   }
 
+  // A scale (its bits) that group_pair cannot carry: 2^26 or more, or under 2^-90 and not zero.
+  static __device__ __forceinline__ bool extreme(uint32_t scale) {
+    const uint32_t magnitude = scale & 0x7fffu;
+    return kTiny && magnitude - (37u << 7) >= (116u << 7) && magnitude != 0;
+  }
   // scale, bias: twice each.
   static __device__ __forceinline__ GroupPair group_pair(uint32_t scale, uint32_t bias) {
     if constexpr (!kTiny) return {scale, bias};
@@ -169,7 +175,8 @@ struct Pairs<E4m3, T> {
 
 // Per format: pairs of codes to pairs of weights, `pair`; what a group's scale (and bias) become
 // in shared memory, `group_pair` or `entry`; weights come out times 2^-kAlphaExponent. kBias: with
-// a bias; kByTwo: decoded two chunks at a time, `two_pairs`.
+// a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kExtreme: some scales are `extreme`,
+// and their tiles are computed again, code by code.
 template <class F, class T>
 struct WeightPairs;
 
@@ -179,32 +186,26 @@ struct WeightPairs<Affine<B, G>, T> : Pairs<Unsigned<B>, T> {
   static constexpr bool kBias = true, kByTwo = false;
 };
 
-// A power of two that may take the whole range of T's exponent: the lift is undone by itself.
-template <class F, class T>
-struct BlockPairs : Pairs<typename F::Code, T> {
-  using Base = Pairs<typename F::Code, T>;
-  using Base::Base;
-  static constexpr bool kBias = false, kByTwo = false;
-  static constexpr int kAlphaExponent = 0;
+// bf16: e4m3 times a power of two. Byte 255 is infinity, and stands for groups that hold a NaN:
+// they decode to NaN.
+template <>
+struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
+  using Pairs<E4m3, bf16>::Pairs;
+  static constexpr bool kBias = false, kByTwo = false, kExtreme = true;
+  static constexpr int kAlphaExponent = 32;
   template <int n>
   __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[n], int j, GroupPair g) const {
-    constexpr uint32_t kUnlift = Half<T>::power(Base::kLift);
-    const uint32_t v = Half<T>::multiply(this->lifted(w, j), kUnlift | kUnlift << 16);
-    return Half<T>::multiply(v, g.scale);
+    return Half<bf16>::multiply(lifted(w, j), g.scale);
   }
-  // Byte 255 is infinity, and stands for groups that hold a NaN: they decode to NaN.
+  // Beyond these bytes the scale, or the weights' last bits, leave bf16's range.
+  static __device__ __forceinline__ bool extreme(uint32_t byte) {
+    return byte - 35u > 166u - 35u && byte != 255u;
+  }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
-    const uint32_t s = byte == 255u ? 0x7fc0u : byte == 0u ? 0x0040u : byte << 7;
+    constexpr uint32_t kUp = uint32_t(kLift - kAlphaExponent);
+    const uint32_t s = byte == 255u ? 0x7fc0u : extreme(byte) ? 0u : (byte + kUp) << 7;
     return s | s << 16;
   }
-};
-template <class T>
-struct WeightPairs<Mxfp4, T> : BlockPairs<Mxfp4, T> {
-  using BlockPairs<Mxfp4, T>::BlockPairs;
-};
-template <class T>
-struct WeightPairs<Mxfp8, T> : BlockPairs<Mxfp8, T> {
-  using BlockPairs<Mxfp8, T>::BlockPairs;
 };
 
 // fp16: an e4m3 scale leaves room for the lift, so one multiply. Every product is exact, down to
@@ -212,29 +213,29 @@ struct WeightPairs<Mxfp8, T> : BlockPairs<Mxfp8, T> {
 template <>
 struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
   using Pairs<E2m1, f16>::Pairs;
-  static constexpr bool kBias = false, kByTwo = false;
+  static constexpr bool kBias = false, kByTwo = false, kExtreme = false;
   static constexpr int kAlphaExponent = 9;
   template <int n>
   __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[n], int j, GroupPair g) const {
     return Half<f16>::multiply(lifted(w, j), g.scale);
   }
+  static __device__ __forceinline__ bool extreme(uint32_t) { return false; }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
     const uint32_t s = Half<f16>::bits(E4m3::decode(byte) * power_of_2(kLift - kAlphaExponent));
     return s | s << 16;
   }
 };
 
-// bf16: codes become the integers 2v + 12, 0 to 24, which are linear as unsigned codes are; the
-// bias takes the 12 back. Two byte permutes look up four codes each: one those without a sign bit
-// and zero for the others (it then repeats the clear top bit of a table's byte), the other the
+// bf16, e2m1: codes become the integers 2v + 12, 0 to 24, which are linear as unsigned codes are;
+// the bias takes the 12 back. Two byte permutes look up four codes each: one those without a sign
+// bit and zero for the others (it then repeats the clear top bit of a table's byte), the other the
 // reverse.
-template <>
-struct WeightPairs<Nvfp4, bf16> {
+struct TwelvePairs {
   static constexpr bool kBias = true, kByTwo = true;
   static constexpr int kAlphaExponent = 32;
+  static constexpr int kUp = 132 - kAlphaExponent;  // of the scale
   uint32_t select;
-  __device__ explicit WeightPairs(int c)
-      : select(uint32_t(c) | uint32_t(4 + c) << 4) {}
+  __device__ explicit TwelvePairs(int c) : select(uint32_t(c) | uint32_t(4 + c) << 4) {}
 
   // Chunks j and j + 1, j even, of two groups or one.
   template <int n>
@@ -248,13 +249,32 @@ struct WeightPairs<Nvfp4, bf16> {
     first = fma2<bf16>(permute(q, 0, 0x4140), g.scale, g.bias);
     second = fma2<bf16>(permute(q, 0, 0x4342), h.scale, h.bias);
   }
-  static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
-    const uint32_t s = Half<bf16>::bits(E4m3::decode(byte) * power_of_2(132 - kAlphaExponent));
-    return s | s << 16;
-  }
   // -12 times the codes' unit.
   static __device__ __forceinline__ uint32_t bias_of(uint32_t scale) {
     return Half<bf16>::multiply(scale, 0x800c800cu);
+  }
+};
+template <>
+struct WeightPairs<Nvfp4, bf16> : TwelvePairs {
+  static constexpr bool kExtreme = false;
+  using TwelvePairs::TwelvePairs;
+  static __device__ __forceinline__ bool extreme(uint32_t) { return false; }
+  static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
+    const uint32_t s = Half<bf16>::bits(E4m3::decode(byte) * power_of_2(kUp));
+    return s | s << 16;
+  }
+};
+template <>
+struct WeightPairs<Mxfp4, bf16> : TwelvePairs {
+  static constexpr bool kExtreme = true;
+  using TwelvePairs::TwelvePairs;
+  static __device__ __forceinline__ bool extreme(uint32_t byte) {
+    return byte - 27u > 154u - 27u && byte != 255u;
+  }
+  static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
+    const uint32_t s =
+        byte == 255u ? 0x7fc0u : extreme(byte) ? 0u : (byte + uint32_t(kUp)) << 7;
+    return s | s << 16;
   }
 };
 

@@ -55,7 +55,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.x = tensor_map(p.x, 2, p.M, p.K, 2 * p.K, kTokens / a.share, 64, 128);
   a.codes = tensor_map(p.w.codes, 1, p.N, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
                        Shape::kRowBytes, Shape::kSwizzle);
-  a.y_data = p.y;
+  a.x_data = p.x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes, a.y_data = p.y;
   a.y_tiles = vectors(p.y, 2 * p.N, 16);
   a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.x;
   a.scales = static_cast<const uint8_t*>(p.w.scales);
@@ -87,7 +87,7 @@ template <>
 void matmul_format<Format::LOWBIT_FORMAT>(const Product& p, const Plan& plan, Queue& queue) {
   using F = TypeOf<Format::LOWBIT_FORMAT>::type;
   if (p.dtype == Dtype::bf16) return launch<F, bf16>(p, plan, queue);
-  if constexpr (F::kHasBias || F::kGroup == 16) launch<F, f16>(p, plan, queue);
+  if constexpr (F::kHasBias || std::is_same_v<F, Nvfp4>) launch<F, f16>(p, plan, queue);
 }
 
 }  // namespace lowbit::cuda

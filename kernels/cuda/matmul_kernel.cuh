@@ -8,6 +8,48 @@ namespace lowbit::cuda {
 
 #if LOWBIT_HOPPER
 
+// Code k of a row.
+template <int B>
+__device__ __forceinline__ uint32_t one_code(const uint32_t* row, int64_t k) {
+  const int64_t at = k * B / 32;
+  const int shift = int(k * B % 32);
+  uint32_t v = row[at] >> shift;
+  if (shift + B > 32) v |= row[at + 1] << (32 - shift);
+  return v & ((1u << B) - 1);
+}
+
+// One row of y, at every other token of 16 from `token` on, each weight by itself: for scales that
+// the decoder cannot carry. Apart from MatmulGroup, whose members it would force into memory.
+template <class F, class T, int kTokens>
+__device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int token, int first,
+                                           int step) {
+  if (row >= a.N) return;
+  float alpha = 1.0f, bias = 0.0f;
+  if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
+  if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
+  if (a.bias)
+    bias = a.bias_is_f32 ? static_cast<const float*>(a.bias)[row]
+                         : float(static_cast<const T*>(a.bias)[row]);
+  const auto* codes = reinterpret_cast<const uint32_t*>(a.code_data + row * a.row_bytes);
+  const int64_t scales = int64_t(row) * (a.K / F::kGroup);
+  for (int i = first; i < kTokens / 16; i += step)
+    for (int t = token + 16 * i; t < min(token + 16 * i + 15, a.M); t += 2) {
+      const T* x = static_cast<const T*>(a.x_data) + int64_t(t) * a.K;
+      float sum = 0.0f;
+      for (int k = 0; k < a.K; k++) {
+        const int64_t at = scales + k / F::kGroup;
+        float w = F::Code::decode(one_code<F::kBits>(codes, k));
+        if constexpr (F::kHasBias)
+          w = fmaf(w, float(reinterpret_cast<const T*>(a.scales)[at]),
+                   float(reinterpret_cast<const T*>(a.biases)[at]));
+        else
+          w *= F::Scale::decode(a.scales[at]);
+        sum = fmaf(float(x[k]), w, sum);
+      }
+      static_cast<T*>(a.y_data)[int64_t(t) * a.N + row] = T(fmaf(alpha, sum, bias));
+    }
+}
+
 // One of the warpgroups that multiply.
 template <class F, class T, int kTokens>
 struct MatmulGroup : MatmulBlock<F, T, kTokens> {
@@ -212,9 +254,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     return parity == 0;
   }
   static __device__ __forceinline__ void store_quad(uint32_t to, const float* v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
-                 "f"(v[2]), "f"(v[3])
-                 : "memory");
+    store_shared(to, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                      __float_as_uint(v[3])});
   }
 
   // How sums become y.
@@ -249,11 +290,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
       uint32_t v[4];
 #pragma unroll
       for (int j = 0; j < 4; j++) v[j] = Half<T>::pack(d[2 * j], d[2 * j + 1]);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                       room + out_at),
-                   "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                   : "memory");
-      return;
+      return store_transposed(room + out_at, v);
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -300,6 +337,22 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     }
   }
 
+  // Whether a block that decoded this tile's rows met extreme scales.
+  __device__ __forceinline__ bool extreme() const {
+    for (int p = 0; p < a.split; p++)
+      if (load_remote_word(remote_address(Block::extreme_at(),
+                                          uint32_t(p * a.share + Block::share_rank))))
+        return true;
+    return false;
+  }
+  // This block's part of the tile again: tokens `first` to `first` + 15 of every 16 * `step`.
+  __device__ __forceinline__ void rewrite(int row0, int token0, int first, int step) const {
+    wait_for_stores<0>(true);
+    sync_threads(5, 256);
+    write_extreme<F, T, kTokens>(a, row0 + (half * 4 + warp) * 16 + lane / 2, token0 + lane % 2,
+                                 first, step);
+  }
+
   // This block's sums, where the blocks of the cluster find them: four of a lane to 16 bytes.
   __device__ __forceinline__ uint32_t shared_sums(int quad) const {
     return base + uint32_t((quad * 256 + half * 128 + warp * 32 + lane) * 16);
@@ -336,6 +389,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     matmul_kernel(const __grid_constant__ MatmulArgs a) {
 #if LOWBIT_HOPPER
   using Shape = MatmulShape<F, T, kTokens>;
+  using Decode = WeightPairs<F, T>;
   extern __shared__ char shared[];
   const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
@@ -362,7 +416,9 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       block.each_tile([&](int row0, int token0) {
         typename MatmulGroup<F, T, kTokens>::Sums sums;
         group.multiply_tile(sums);
-        if (group.gather_parities(sums)) group.write(sums, row0, token0);
+        if (!group.gather_parities(sums)) return;
+        group.write(sums, row0, token0);
+        if (Decode::kExtreme && group.extreme()) group.rewrite(row0, token0, 0, 1);
       });
     } else {
       bool writes;
@@ -374,7 +430,10 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       }
       cluster_sync();
       if (writes)
-        block.each_tile([&](int row0, int token0) { group.write_shared(row0, token0); });
+        block.each_tile([&](int row0, int token0) {
+          group.write_shared(row0, token0);
+          if (Decode::kExtreme && group.extreme()) group.rewrite(row0, token0, block.part, a.split);
+        });
     }
     wait_for_stores<0>();
   }

@@ -31,6 +31,7 @@ struct MatvecArgs {
   const void* x;
   void* y;
   const void* bias;
+  const float* global_x;
   const float* global_w;
   int64_t row_bytes;       // of codes
   MatvecSizes::Layout at;  // in shared memory
@@ -109,7 +110,8 @@ struct MatvecBlock {
     return stage == ring() + Shape::kRing ? ring() : stage;
   }
 
-  // Slices of all tiles are dealt to the warps in turn: a tile's slice, and the next warp's turn.
+  // Slices of all tiles are dealt to the warps in turn: a tile's slice, and the next warp's
+  // turn.
   struct Turn {
     int tile, slice;
   };
@@ -373,6 +375,7 @@ struct MatvecBlock {
 
   __device__ void write(int row, int token, float sum) const {
     float alpha = Shape::kFolded ? __uint_as_float((kDown + 127) << 23) : 1.0f;
+    if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
     if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
     sum *= alpha;
     if (a.bias)

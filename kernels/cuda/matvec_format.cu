@@ -44,6 +44,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.y = p.y;
   a.bias = p.bias;
   a.bias_is_f32 = p.bias_dtype == Dtype::f32;
+  a.global_x = p.global_x;
   a.global_w = p.global_w;
   a.row_bytes = p.w.row_bytes;
   a.N = int(p.N), a.K = int(p.K), a.M = int(p.M);

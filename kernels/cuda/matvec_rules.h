@@ -15,7 +15,7 @@ struct MatvecSizes {
   // 16 warps where registers and rings allow: with 8 of them, 4-bit 4096x14336 takes 14.9 us at
   // M = 1 instead of 14.1. Slices of 512, or a deeper ring, were no faster: 14.9 to 16 (H200,
   // 2026-11-22).
-  constexpr int warps() const { return bits == 8 || tokens > 8 ? 8 : 16; }
+  constexpr int warps() const { return bits > 4 || tokens > 8 ? 8 : 16; }
   static constexpr int kSlice = 256, kRows = 16, kStages = 3;
   constexpr int scale_size() const { return affine ? 2 : 1; }
   constexpr int scale_row() const { return kSlice / group * scale_size(); }  // bytes: 4 to 16

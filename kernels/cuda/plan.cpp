@@ -13,9 +13,16 @@ Plan matmul_plan(const Problem& p, const Device&) {
   return {Plan::Kernel::matmul, p.M <= 64 ? 64 : p.M <= 128 ? 128 : 256, 128, 0, 1};
 }
 
+// qqmm of bfloat16: Q(x) is exact in bfloat16 and takes x's place, in a pass of its own.
+Problem after_quantizing(Problem p) {
+  if (p.dtype == Dtype::bf16 && !p.gather) p.quantize_x = false;
+  return p;
+}
+
 }  // namespace
 
-Plan plan(const Problem& p, const Device& device) {
+Plan plan(const Problem& asked, const Device& device) {
+  const Problem p = after_quantizing(asked);
   if (matvec_supports(p, device))
     return {Plan::Kernel::matvec, matvec_tokens(p.M), MatvecSizes::kRows, MatvecSizes::kStages,
             matvec_split(p, device)};
@@ -40,6 +47,7 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
       text << "cuda simt, float32 arithmetic";
       break;
   }
+  if (p.quantize_x && plan.kernel != Plan::Kernel::simt) text << ", after quantizing x";
   if (plan.split_k > 1) text << ", K split over clusters of " << plan.split_k << " blocks";
   text << ", compute capability " << device.capability / 10 << "." << device.capability % 10;
   return text.str();

@@ -1,10 +1,7 @@
 // quantize and dequantize, one pass over memory.
 //
-// quantize: a lane has 16 consecutive elements, neighbouring lanes share a group. The results
-// are those of kernels/formats' arithmetic, bit for bit, but its divisions are refined products
-// with the inverse of the group's scale: IEEE division of every element takes longer than
-// memory.
-#include "elements.cuh"
+// quantize: a lane has 16 consecutive elements, neighbouring lanes share a group.
+#include "encode.cuh"
 #include "formats.h"
 #include "kernels.h"
 
@@ -13,112 +10,6 @@ namespace lowbit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// Affine formats differ in their groups alone, which are no part of a kernel.
-template <class F>
-struct Family {
-  using type = F;
-};
-template <int B, int G>
-struct Family<Affine<B, G>> {
-  using type = Affine<B, 32>;
-};
-
-// 16 codes of B bits.
-template <int B>
-struct Packed {
-  static constexpr int kWords = (16 * B + 31) / 32;
-  uint32_t word[kWords] = {};
-
-  // `count` codes from element i on, in the low bits.
-  __device__ __forceinline__ void put(int i, int count, uint32_t codes) {
-    const int bit = i * B, at = bit / 32, shift = bit % 32;
-    word[at] |= codes << shift;
-    if (shift + count * B > 32) word[at + 1] |= codes >> (32 - shift);
-  }
-  // To element 16 * unit of an array that begins at a whole word.
-  __device__ __forceinline__ void store(uint8_t* codes, int64_t unit) const {
-    uint8_t* to = codes + unit * (2 * B);
-    if constexpr (B % 2 == 0) {
-#pragma unroll
-      for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(to)[i] = word[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < B; i++)
-        reinterpret_cast<uint16_t*>(to)[i] = uint16_t(word[i / 2] >> (16 * (i % 2)));
-    }
-  }
-};
-
-// The smaller and the larger of two, NaN if one of them is.
-__device__ __forceinline__ float least(float a, float b) {
-  float r;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-__device__ __forceinline__ float most(float a, float b) {
-  float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-// The same of pairs of a 16-bit dtype.
-template <Dtype dtype>
-__device__ __forceinline__ uint32_t least_pair(uint32_t a, uint32_t b) {
-  uint32_t r;
-  if constexpr (dtype == Dtype::bf16)
-    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  else
-    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-template <Dtype dtype>
-__device__ __forceinline__ uint32_t most_pair(uint32_t a, uint32_t b) {
-  uint32_t r;
-  if constexpr (dtype == Dtype::bf16)
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  else
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-__device__ __forceinline__ bool finite(float x) {
-  return (to_bits(x) & 0x7f800000u) != 0x7f800000u;
-}
-
-// 16 consecutive elements, as they lie in memory.
-template <Dtype dtype>
-struct Sixteen {
-  EightBits half[2];
-
-  __device__ __forceinline__ void widen(float (&x)[16]) const {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float v[8];
-      half[h].widen(dtype, v);
-#pragma unroll
-      for (int i = 0; i < 8; i++) x[8 * h + i] = v[i];
-    }
-  }
-  // NaN if one of them is.
-  __device__ __forceinline__ void range(float& low, float& high) const {
-    if constexpr (dtype == Dtype::f32) {
-      low = high = from_bits(half[0].word[0]);
-#pragma unroll
-      for (int i = 1; i < 16; i++) {
-        const float x = from_bits(half[i / 8].word[i % 8]);
-        low = least(low, x), high = most(high, x);
-      }
-    } else {
-      uint32_t l = half[0].word[0], h = l;
-#pragma unroll
-      for (int i = 1; i < 8; i++) {
-        const uint32_t x = half[i / 4].word[i % 4];
-        l = least_pair<dtype>(l, x), h = most_pair<dtype>(h, x);
-      }
-      low = least(to_float(l & 0xffffu, dtype), to_float(l >> 16, dtype));
-      high = most(to_float(h & 0xffffu, dtype), to_float(h >> 16, dtype));
-    }
-  }
-};
 
 struct QuantizeArgs {
   const void* w;
@@ -131,41 +22,7 @@ struct QuantizeArgs {
   bool vectors;   // w begins at a multiple of 16 bytes
 };
 
-// x / y, given RN(1 / y): two steps of refinement, of which the second rounds correctly (the
-// first quotient is within 2 units in the last place, the second within one). Neither may leave
-// the range of normal floats, but where x is so small that the remainder does, the quotient is
-// far below what any code stands for.
-__device__ __forceinline__ float divide(float x, float y, float inverse) {
-  float q = __fmul_rn(x, inverse);
-  q = __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
-  return __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
-}
-
-// F::encode of 16 elements of a finite group with a scale below 2^100. It is at least 2^-25,
-// and the bias is an end of the range, so that no quotient is below -1/2.
-template <class F>
-__device__ __forceinline__ Packed<F::kBits> encode_affine(const float (&x)[16],
-                                                          typename F::Group group) {
-  constexpr int B = F::kBits;
-  constexpr float kSteps = float((1 << B) - 1), kToInteger = 12582912.0f;  // 1.5 * 2^23
-  Packed<B> out;
-  const float inverse = __frcp_rn(group.scale);
-#pragma unroll
-  for (int i = 0; i < 16; i += 4) {
-    uint32_t codes = 0;
-#pragma unroll
-    for (int j = 3; j >= 0; j--) {
-      const float q = divide(__fsub_rn(x[i + j], group.bias), group.scale, inverse);
-      const float integer = __fadd_rn(fminf(q, kSteps), kToInteger);  // in the low bits
-      codes = (codes << B) + to_bits(integer);
-    }
-    constexpr uint32_t kAll = (1u << B | 1u) * (1u << 2 * B | 1u);
-    out.put(i, 4, codes - to_bits(kToInteger) * kAll);
-  }
-  return out;
-}
-
-// The same where a quotient's refinement would overflow: rare, and small in registers.
+// encode_affine where a quotient's refinement would overflow: rare, and small in registers.
 template <class F>
 __device__ __noinline__ void encode_huge(const float* x, typename F::Group group,
                                          uint8_t* codes, int64_t unit) {
@@ -201,32 +58,6 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   store_float(a.biases, unit / a.lanes, group.bias, dtype);
 }
 
-// F::normalize of eight elements. nvfp4 divides by an e4m3: with 4 significant bits one step of
-// refinement is exact, as no quotient comes near half way between two floats. Scale 0 gives 0.
-template <class F, Dtype dtype>
-__device__ __forceinline__ void normalize(const Block<F>& block, float (&x)[8]) {
-  const RoundTo round{dtype};
-  if constexpr (F::kGroup == 16) {
-    const float inverse = block.step > 0.0f ? __frcp_rn(block.step) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float q = __fmul_rn(x[i], inverse);
-      x[i] = __fmaf_rn(__fmaf_rn(-block.step, q, x[i]), inverse, q);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      if constexpr (dtype != Dtype::f32) {
-        const uint32_t pair = round_pair(x[i], x[i + 1], dtype);
-        x[i] = to_float(pair & 0xffffu, dtype), x[i + 1] = to_float(pair >> 16, dtype);
-      }
-      x[i] = __fmul_rn(x[i], block.enlarge), x[i + 1] = __fmul_rn(x[i + 1], block.enlarge);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = F::normalize(x[i], block.step, block.enlarge, round);
-  }
-}
-
 // 16 elements by kernels/formats' own text.
 template <class F, Dtype dtype>
 __device__ __noinline__ void encode_plainly(const float* x, Block<F> block, uint8_t* codes,
@@ -254,10 +85,10 @@ __device__ __forceinline__ void quantize_block(const QuantizeArgs& a, const Sixt
   constexpr int kLanes = F::kGroup / 16;
   if (unit % kLanes == 0) static_cast<uint8_t*>(a.scales)[unit / kLanes] = uint8_t(block.scale);
 
-  // Below these bounds quotients do not overflow, and where a remainder underflows they are far
-  // below the smallest code: with a scale above 0 the largest element is at least 2^-50.
-  const bool tame = block.scale != F::kNanScale &&
-                    (F::kGroup != 16 || (largest < 0x1p100f && block.enlarge < 0x1p40f));
+  // The scale is about largest * enlarge / 6 (or 448, if less), so no quotient overflows; and
+  // where a remainder underflows, the quotient is far below the smallest code unless it is
+  // enlarged a great deal.
+  const bool tame = block.scale != F::kNanScale && (F::kGroup != 16 || block.enlarge < 0x1p40f);
   if (!tame) {
     float copy[16];
     for (int i = 0; i < 16; i++) copy[i] = x[i];

@@ -77,16 +77,6 @@ struct KMajor {
   }
 };
 
-// Affine formats differ in their groups alone, which are no part of a kernel.
-template <class F>
-struct Family {
-  using type = F;
-};
-template <int B, int G>
-struct Family<Affine<B, G>> {
-  using type = Affine<B, 32>;
-};
-
 // Eight codes of a row of w and their group's scale, as they are stored.
 template <class F>
 struct WeightUnit {

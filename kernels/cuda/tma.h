@@ -114,10 +114,59 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, int column, i
       "r"(column), "r"(row), "r"(from)
       : "memory");
 }
-// Until all but `groups` of this thread's stores have read their shared memory.
+// Until all but `groups` of this thread's stores have read their shared memory; or, `written`, until
+// all are done.
 template <int groups>
-__device__ __forceinline__ void wait_for_stores() {
+__device__ __forceinline__ void wait_for_stores(bool written = false) {
+  if (written) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
+}
+
+// Ordinary accesses to shared memory, by address; of 4, 8 or 16 bytes.
+template <int bytes>
+__device__ __forceinline__ void load_shared(uint32_t address, uint32_t* to) {
+  if constexpr (bytes == 16)
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address));
+  else if constexpr (bytes == 8)
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address));
+  else
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(address));
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// Four 8x8 matrices of 16-bit elements, transposed: lane l gives the address of row l % 8 of
+// matrix l / 8.
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                   address),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+// One element of 1 or 2 bytes that nobody writes meanwhile.
+template <int bytes>
+__device__ __forceinline__ uint32_t load_narrow(const uint8_t* p) {
+  uint32_t v;
+  if constexpr (bytes == 2)
+    asm volatile("{ .reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h; }"
+                 : "=r"(v)
+                 : "l"(p));
+  else
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+// The line of p into the L2 cache.
+__device__ __forceinline__ void prefetch_line(const uint8_t* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // Threads of the block that name the same barrier (1 to 15), `threads` in all.
@@ -150,6 +199,11 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
 __device__ __forceinline__ void arrive_remote(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address)
                : "memory");
+}
+__device__ __forceinline__ uint32_t load_remote_word(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
 }
 __device__ __forceinline__ float4 load_remote(uint32_t address) {
   float4 v;

@@ -7,8 +7,8 @@
 
 namespace lowbit::cpu {
 
-// Schedules the work on the stream of `out`'s primitive; returns at once. Inputs are contiguous
-// and evaluated, outputs not yet allocated.
+// Schedules the work on the stream of `out`'s primitive; returns at once. Inputs are evaluated
+// and, but for a product's x, in row order; outputs are not yet allocated.
 void launch(const ProductKind&, const ProductInputs&, mx::array& out, mx::Stream);
 void launch_quantize(Format, const mx::array& w, const std::optional<mx::array>& global_scale,
                      std::vector<mx::array>& outputs, mx::Stream);

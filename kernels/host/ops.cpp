@@ -12,7 +12,11 @@ using mx::array;
 
 namespace {
 
-array dense_copy(const array& a, mx::StreamOrDevice s) { return contiguous(a, false, s); }
+// A copy in row order, unless `a` is known to be in it: weights are, and a node for each would
+// cost more than launching their product.
+array dense_copy(const array& a, mx::StreamOrDevice s) {
+  return a.is_available() && a.flags().row_contiguous ? a : contiguous(a, false, s);
+}
 
 OptionalArray dense_copy(const OptionalArray& a, mx::StreamOrDevice s) {
   return a ? OptionalArray(dense_copy(*a, s)) : std::nullopt;
@@ -147,7 +151,7 @@ array multiply(const Checks& check, ProductKind kind, const array& x, const arra
   check.memory("the result", out, p.dtype);
   if (empty(out) || K == 0) return empty_product(out, p.dtype, bias, s);
   return Product::make(kind,
-                       {dense_copy(astype(x, p.dtype, s), s),
+                       {astype(x, p.dtype, s),
                         p.w,
                         p.scales,
                         p.biases,
@@ -252,17 +256,9 @@ array linear(const array& x, const array& w, const OptionalArray& bias, mx::Stre
   if (check.device() == mx::Device::gpu) return mlx_linear(x, w, bias, out, dtype, s);
   ProductKind kind{.format = Format::dense};
   kind.bias = bias.has_value();
-  return Product::make(kind,
-                       {dense_copy(astype(x, dtype, s), s),
-                        dense_copy(w, s),
-                        {},
-                        {},
-                        dense_copy(bias, s),
-                        {},
-                        {},
-                        {},
-                        {}},
-                       s);
+  return Product::make(
+      kind,
+      {astype(x, dtype, s), dense_copy(w, s), {}, {}, dense_copy(bias, s), {}, {}, {}, {}}, s);
 }
 
 std::string explain(const array& x, const array& w, const OptionalArray& scales,

@@ -38,12 +38,12 @@ constexpr std::string_view name(Dtype d) {
 }
 
 struct Problem {
-  Format format;      // of w
-  Dtype dtype;        // of x and y
-  Dtype dense_dtype;  // of w when format is dense
-  int64_t M, N, K;    // y[M, N] = x[M, K] @ w; for gather, the rows of one expert
-  bool transpose;     // w is [N, K]; otherwise [K, N]
-  bool quantize_x;    // qqmm: x is first quantized in w's format
+  Format format;        // of w
+  Dtype dtype;          // of x and y
+  Dtype dense_dtype;    // of w when format is dense
+  int64_t M, N, K;      // y[M, N] = x[M, K] @ w; for gather, the rows of one expert
+  bool transpose;       // w is [N, K]; otherwise [K, N]
+  bool quantize_x;      // qqmm: x is first quantized in w's format
   bool gather = false;  // pairs of matrices of x and w
 };
 

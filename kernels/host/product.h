@@ -28,7 +28,7 @@ struct ProductKind {
 
 // The inputs of a product, by name.
 //
-//   x         [..., K]              gather: [..., M, K]
+//   x         [..., K], any strides  gather: [..., M, K], in row order as all others
 //   w         [N, K packed]         gather: [..., N, K packed]; [K, N packed] without transpose
 //   scales    [..., rows of w, groups of a row], biases the same
 //   bias      [N]                   gather: [experts, N], by rhs

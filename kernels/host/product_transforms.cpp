@@ -49,7 +49,7 @@ array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy,
   ProductInputs inputs = in;
   inputs.global_x = inputs.bias = std::nullopt;
   if (!kind.gather) {
-    inputs.x = contiguous(dy, false, stream);
+    inputs.x = dy;
     return Product::make(back, inputs, stream);
   }
   // float32, so that the sum over the pairs of a row is rounded once.
@@ -162,7 +162,7 @@ std::vector<array> Product::jvp(const std::vector<array>& primals,
   ProductKind kind = kind_;
   kind.quantize_x = kind.global_x = kind.bias = false;
   in.global_x = in.bias = std::nullopt;
-  in.x = contiguous(tangents[0], false, stream());
+  in.x = kind_.gather ? contiguous(tangents[0], false, stream()) : tangents[0];
   return {make(kind, in, stream())};
 }
 

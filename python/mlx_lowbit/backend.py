@@ -27,10 +27,10 @@ def set_backend(backend: Backend) -> None:
     Raises:
         ValueError: any other name.
     """
-    global _backend
+    global _backend, _settled
     if backend not in ("auto", "lowbit", "mlx"):
         raise ValueError(f"backend must be 'auto', 'lowbit' or 'mlx', got {backend!r}")
-    _backend = backend
+    _backend, _settled = backend, None
 
 
 def get_backend() -> Backend:
@@ -38,16 +38,34 @@ def get_backend() -> Backend:
     return _backend
 
 
+# Device shows its number in its text alone ("Device(gpu, 0)"), which every product would parse.
+_index: tuple[mx.Device, int | None] = (mx.Device(mx.cpu), None)
+
+
 def _gpu_index(stream) -> int | None:
     """The number of the GPU that `stream` is on, or None for the CPU."""
+    global _index
     if stream is None:
         stream = mx.default_device()
     device = getattr(stream, "device", stream)  # a stream, a device or a type of device
-    if getattr(device, "type", device) != mx.gpu:
-        return None
-    # Device shows its number in its text alone: "Device(gpu, 0)".
+    if isinstance(device, mx.DeviceType):
+        device = mx.Device(device)
+    known, index = _index
+    if device == known:
+        return index
     number = str(device).rpartition(",")[2].strip(" )")
-    return int(number) if number.isdigit() else 0
+    index = (int(number) if number.isdigit() else 0) if device.type == mx.gpu else None
+    _index = (device, index)
+    return index
+
+
+# The default device on which the last product found kernels of ours; None asks again.
+_settled: mx.Device | None = None
+
+
+def settled(stream) -> bool:
+    """Whether a product on `stream` runs on kernels of ours, as far as a glance can tell."""
+    return stream is None and _settled is not None and mx.default_device() == _settled
 
 
 def missing_kernel(stream=None, missing_format: str | None = None) -> str | None:
@@ -66,10 +84,13 @@ def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> s
     Raises:
         RuntimeError: backend ``lowbit``, and no kernel of ours.
     """
+    global _settled
     if _backend == "mlx":
         return "set_backend('mlx') asks for it"
     reason = missing_kernel(stream, missing_format)
     if reason is None:
+        if stream is None:
+            _settled = mx.default_device()
         return None
     if _backend == "lowbit":
         raise RuntimeError(f"[{op}] no kernel of mlx_lowbit: {reason}")

@@ -6,6 +6,7 @@ The numbers come from ``kernels/formats/formats.def``; nothing here repeats them
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from . import _ext
 
@@ -73,6 +74,14 @@ def get(mode: str = "affine", bits: int | None = None, group_size: int | None = 
             message names the argument and what would do.
         MissingFormatError: MLX has the format, this package has no kernel for it.
     """
+    try:
+        return _get(mode, bits, group_size)
+    except TypeError:  # an argument that cannot be hashed
+        return _get.__wrapped__(mode, bits, group_size)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _get(mode: str, bits: int | None, group_size: int | None) -> Format:
     if mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
     own = [f for f in FORMATS if f.mode == mode]

@@ -12,7 +12,7 @@ from typing import Literal
 import mlx.core as mx
 
 from . import _ext, _fallback
-from .backend import get_backend, reason_for_mlx
+from .backend import get_backend, reason_for_mlx, settled
 from .formats import Format, MissingFormatError, get
 
 __all__ = [
@@ -36,6 +36,8 @@ def _choose(
     """(format, None) for a kernel of ours, (format or None, reason) for MLX's op."""
     try:
         found, missing = get(mode, bits, group_size), None
+        if settled(stream):
+            return found, None
     except MissingFormatError as error:
         found, missing = None, str(error)
     except ValueError as error:

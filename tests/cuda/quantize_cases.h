@@ -32,9 +32,10 @@ inline std::vector<uint8_t> make_tensor(const QuantizeCase& c) {
   const Ieee& t = ieee(c.dtype);
   Random random{uint64_t(c.id) + 1000003};
   std::vector<uint8_t> w(size_t(c.groups * f.group_size * t.size()));
-  const int most = c.dtype == Dtype::f16 ? 14 : 124;  // largest exponent of two
+  const int most = c.dtype == Dtype::f16 ? 14 : 127;  // exponents of two stay below
   for (int64_t g = 0; g < c.groups; g++) {
-    const int kind = int(random.below(14)), exponent = int(random.below(2 * most)) - most;
+    const int kind = int(random.below(14));
+    const int exponent = int(random.below(2 * most)) - most;  // below `most`
     const double constant = random.normal(), step = std::ldexp(1.0, -int(random.below(4)));
     const int64_t hot = random.below(f.group_size);
     for (int64_t i = 0; i < f.group_size; i++) {

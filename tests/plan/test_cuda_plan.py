@@ -35,7 +35,12 @@ def test_many_rows_on_hopper_use_wgmma(fmt):
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": FLOAT32}, {"transpose": False}, {"quantize_x": True}, {"gather": True}],
+    [
+        {"dtype": FLOAT32},
+        {"transpose": False},
+        {"quantize_x": True, "dtype": FLOAT16},
+        {"gather": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("M", [1, 2048])
@@ -59,6 +64,12 @@ def test_every_problem_has_a_plan_that_fits(device, data):
         assert split_k == 1 or device["capability"] >= 90
     if kernel == MATMUL:
         assert device["capability"] == 90 and dtype != FLOAT32
+
+
+@pytest.mark.parametrize("M, kernel", [(1, MATVEC), (2048, MATMUL)])
+def test_quantized_bfloat16_takes_the_place_of_x(qq_fmt, M, kernel):
+    words, got, *_ = plan(qq_fmt, M, 4096, 4096, quantize_x=True)
+    assert got == kernel and "after quantizing x" in words
 
 
 def test_long_rows_of_x_are_split_over_a_cluster():

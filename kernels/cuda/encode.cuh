@@ -1,0 +1,166 @@
+// What quantize computes for 16 consecutive elements, bit for bit the arithmetic of
+// kernels/formats: its divisions as refined products with the inverse of the group's scale,
+// since IEEE division of every element takes longer than memory does.
+#pragma once
+
+#include "elements.cuh"
+
+namespace lowbit::cuda {
+
+// 16 codes of B bits.
+template <int B>
+struct Packed {
+  static constexpr int kWords = (16 * B + 31) / 32;
+  uint32_t word[kWords] = {};
+
+  // `count` codes from element i on, in the low bits.
+  __device__ __forceinline__ void put(int i, int count, uint32_t codes) {
+    const int bit = i * B, at = bit / 32, shift = bit % 32;
+    word[at] |= codes << shift;
+    if (shift + count * B > 32) word[at + 1] |= codes >> (32 - shift);
+  }
+  // To element 16 * unit of an array that begins at a whole word.
+  __device__ __forceinline__ void store(uint8_t* codes, int64_t unit) const {
+    uint8_t* to = codes + unit * (2 * B);
+    if constexpr (B % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords; i++) reinterpret_cast<uint32_t*>(to)[i] = word[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < B; i++)
+        reinterpret_cast<uint16_t*>(to)[i] = uint16_t(word[i / 2] >> (16 * (i % 2)));
+    }
+  }
+};
+
+// The smaller and the larger of two, NaN if one of them is.
+__device__ __forceinline__ float least(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float most(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+// The same of pairs of a 16-bit dtype.
+template <Dtype dtype>
+__device__ __forceinline__ uint32_t least_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (dtype == Dtype::bf16)
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <Dtype dtype>
+__device__ __forceinline__ uint32_t most_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (dtype == Dtype::bf16)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ bool finite(float x) {
+  return (to_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
+
+// 16 consecutive elements, as they lie in memory.
+template <Dtype dtype>
+struct Sixteen {
+  EightBits half[2];
+
+  __device__ __forceinline__ void widen(float (&x)[16]) const {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float v[8];
+      half[h].widen(dtype, v);
+#pragma unroll
+      for (int i = 0; i < 8; i++) x[8 * h + i] = v[i];
+    }
+  }
+  // NaN if one of them is.
+  __device__ __forceinline__ void range(float& low, float& high) const {
+    if constexpr (dtype == Dtype::f32) {
+      low = high = from_bits(half[0].word[0]);
+#pragma unroll
+      for (int i = 1; i < 16; i++) {
+        const float x = from_bits(half[i / 8].word[i % 8]);
+        low = least(low, x), high = most(high, x);
+      }
+    } else {
+      uint32_t l = half[0].word[0], h = l;
+#pragma unroll
+      for (int i = 1; i < 8; i++) {
+        const uint32_t x = half[i / 4].word[i % 4];
+        l = least_pair<dtype>(l, x), h = most_pair<dtype>(h, x);
+      }
+      low = least(to_float(l & 0xffffu, dtype), to_float(l >> 16, dtype));
+      high = most(to_float(h & 0xffffu, dtype), to_float(h >> 16, dtype));
+    }
+  }
+};
+
+// x / y, given RN(1 / y): two steps of refinement, of which the second rounds correctly (the
+// first quotient is within 2 units in the last place, the second within one). Neither may leave
+// the range of normal floats, but where x is so small that the remainder does, the quotient is
+// far below what any code stands for.
+__device__ __forceinline__ float divide(float x, float y, float inverse) {
+  float q = __fmul_rn(x, inverse);
+  q = __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
+  return __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
+}
+
+// F::encode of 16 elements of a finite group with a scale below 2^100. It is at least 2^-25,
+// and the bias is an end of the range, so that no quotient is below -1/2.
+template <class F>
+__device__ __forceinline__ Packed<F::kBits> encode_affine(const float (&x)[16],
+                                                          typename F::Group group) {
+  constexpr int B = F::kBits;
+  constexpr float kSteps = float((1 << B) - 1), kToInteger = 12582912.0f;  // 1.5 * 2^23
+  Packed<B> out;
+  const float inverse = __frcp_rn(group.scale);
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    uint32_t codes = 0;
+#pragma unroll
+    for (int j = 3; j >= 0; j--) {
+      const float q = divide(__fsub_rn(x[i + j], group.bias), group.scale, inverse);
+      const float integer = __fadd_rn(fminf(q, kSteps), kToInteger);  // in the low bits
+      codes = (codes << B) + to_bits(integer);
+    }
+    constexpr uint32_t kAll = (1u << B | 1u) * (1u << 2 * B | 1u);
+    out.put(i, 4, codes - to_bits(kToInteger) * kAll);
+  }
+  return out;
+}
+
+// F::normalize of eight elements. nvfp4 divides by an e4m3: with 4 significant bits one step of
+// refinement is exact, as no quotient comes near half way between two floats. Scale 0 gives 0.
+template <class F, Dtype dtype>
+__device__ __forceinline__ void normalize(const Block<F>& block, float (&x)[8]) {
+  const RoundTo round{dtype};
+  if constexpr (F::kGroup == 16) {
+    const float inverse = block.step > 0.0f ? __frcp_rn(block.step) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float q = __fmul_rn(x[i], inverse);
+      x[i] = __fmaf_rn(__fmaf_rn(-block.step, q, x[i]), inverse, q);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      if constexpr (dtype != Dtype::f32) {
+        const uint32_t pair = round_pair(x[i], x[i + 1], dtype);
+        x[i] = to_float(pair & 0xffffu, dtype), x[i + 1] = to_float(pair >> 16, dtype);
+      }
+      x[i] = __fmul_rn(x[i], block.enlarge), x[i + 1] = __fmul_rn(x[i + 1], block.enlarge);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = F::normalize(x[i], block.step, block.enlarge, round);
+  }
+}
+
+}  // namespace lowbit::cuda
