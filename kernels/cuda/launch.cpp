@@ -310,6 +310,10 @@ void launch_dequantize(Format format, const mx::array& w, const mx::array& scale
   dequantize(format, v, global, queue.output<void>(out), dtype_of(out.dtype()), queue);
 }
 
+bool on_tensor_cores(const Problem& problem, int index) {
+  return plan(problem, device(index)).kernel != Plan::Kernel::simt;
+}
+
 std::string explain(const Problem& problem, int index) {
   const Device& d = device(index);
   return describe(problem, plan(problem, d), d);
@@ -329,6 +333,7 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .launch = cuda::launch,
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,
+      .on_tensor_cores = cuda::on_tensor_cores,
       .explain = cuda::explain,
   };
   return &backend;

@@ -4,23 +4,27 @@
 //   cluster      `share` blocks with neighbouring rows of W and the same tokens, times `split`
 //                parts of K of the same tile
 //   block        128 rows of W x kTokens tokens, tile after tile (split: one tile)
-//     2 warpgroups      64 rows each: decode 16 k of their rows while the tensor cores multiply the
+//     2 warpgroups      64 rows each: decode 16 k of their rows while the tensor cores multiply
+//     the
 //                       16 before them; sums stay in registers to the end of the tile
 //     or 4 warpgroups   two for each 64 rows, with every other unit of K: for few tokens, where
 //                       decoding takes longer than multiplying
 //     one more warpgroup, a warp each
-//       0          tensor copies of x, 64 k wide, each half of a tile's tokens to both blocks that
+//       0          tensor copies of x, 64 k wide, each half of a tile's tokens to both blocks
+//       that
 //                  share it
 //       1          tensor copies of codes, a unit (128 k) wide
 //       2, 3       scales and biases to shared memory, widened to what the decoder wants
 //
-// Shared memory: ring of x | ring of units (codes, then scales) | y on its way out | sums between
-// warpgroups | barriers. After the last multiply of a split tile the ring of x holds this block's
-// sums, which the cluster adds in the order of the parts: results do not depend on timing.
+// Shared memory: ring of x | ring of units (codes, then scales) | y on its way out | sums
+// between warpgroups | barriers. After the last multiply of a split tile the ring of x holds
+// this block's sums, which the cluster adds in the order of the parts: results do not depend on
+// timing.
 //
 // The tensor cores take a multiply with operands in registers only when they begin it, so a
-// warpgroup waits there: 64 k decoded and then multiplied at once took 30.5 us where 16 at a time
-// and four warpgroups take NNN us (4-bit, M=64, 4096x14336; H200, 2026-11-22).
+// warpgroup waits there: with 64 k decoded at a time and two warpgroups, M=64 took 30.5 us,
+// with 16 and four 27.2 us (4-bit, 4096x14336, five instructions a pair of codes; H200,
+// 2026-11-22).
 #pragma once
 
 #include "kernels.h"
@@ -34,7 +38,7 @@ struct MatmulArgs {
   CUtensorMap x, codes, y;
   const void* x_data;
   const uint8_t *code_data, *scales, *biases;
-  int64_t row_bytes;  // of codes
+  int64_t row_bytes;   // of codes
   int scale_row;       // bytes
   bool scale_vectors;  // rows of scales allow vector loads
   bool y_tiles;        // y allows tensor copies
@@ -98,10 +102,14 @@ void matmul_format(const Product&, const Plan&, Queue&);
 
 #if LOWBIT_HOPPER
 
-// 16-byte chunk i of row `row` lies at chunk i ^ turn: rows of 32, 64 or 128 bytes then have equal
-// chunks of 8 rows in different banks. Tensor copies lay out codes so; the same 8 rows on.
+// 16-byte chunk i of row `row` lies at chunk i ^ turn: rows of 32, 64 or 128 bytes then have
+// equal chunks of 8 rows in different banks. Tensor copies lay out codes so; the same 8 rows
+// on.
 __device__ __forceinline__ int turn_of(int row, int row_bytes) {
-  return row_bytes == 128 ? row % 8 : row_bytes == 64 ? row / 2 % 4 : row_bytes == 32 ? row / 4 % 2 : 0;
+  return row_bytes == 128  ? row % 8
+         : row_bytes == 64 ? row / 2 % 4
+         : row_bytes == 32 ? row / 4 % 2
+                           : 0;
 }
 
 // Where a ring is: how many slots were taken so far.
@@ -141,7 +149,9 @@ struct MatmulBlock {
     return base + Shape::kBarriersAt + 8 * slot;
   }
   __device__ __forceinline__ uint32_t x_empty(uint32_t slot) const { return x_full(slot) + 64; }
-  __device__ __forceinline__ uint32_t unit_full(uint32_t slot) const { return x_full(slot) + 128; }
+  __device__ __forceinline__ uint32_t unit_full(uint32_t slot) const {
+    return x_full(slot) + 128;
+  }
   __device__ __forceinline__ uint32_t unit_empty(uint32_t slot) const {
     return x_full(slot) + 192;
   }
@@ -163,9 +173,9 @@ struct MatmulBlock {
     publish_barriers();
   }
 
-  // Tiles in the order in which clusters take them: tokens first within a panel of `panel` token
-  // tiles, so that what runs at once shares W's rows and stays within a part of x that the L2
-  // cache holds.
+  // Tiles in the order in which clusters take them: tokens first within a panel of `panel`
+  // token tiles, so that what runs at once shares W's rows and stays within a part of x that
+  // the L2 cache holds.
   template <class Body>
   __device__ __forceinline__ void each_tile(Body body) const {
     const int size = a.share * a.split, clusters = int(gridDim.x) / size;
@@ -197,8 +207,8 @@ struct MatmulBlock {
     });
   }
 
-  // The first two units go ahead of all of x, which would keep them waiting for longer than they
-  // take: everything that fits into the rings is asked for at once.
+  // The first two units go ahead of all of x, which would keep them waiting for longer than
+  // they take: everything that fits into the rings is asked for at once.
   __device__ void copy_codes() const {
     UnitRing ring;
     each_tile([&](int row0, int) {
@@ -228,8 +238,7 @@ struct MatmulBlock {
           word[w] = 0;
 #pragma unroll
           for (int i = w * 4; i < w * 4 + 4; i += kSize)
-            if (i < left)
-              word[w] |= load_narrow<kSize>(p + i) << (8 * (i % 4));
+            if (i < left) word[w] |= load_narrow<kSize>(p + i) << (8 * (i % 4));
         }
       } else if constexpr (kBytes == 16) {
         const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
@@ -264,8 +273,8 @@ struct MatmulBlock {
       uint32_t row_at[2];
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        row_at[i] = uint32_t(min(row0 + warp * 64 + lane + 32 * i, a.N - 1)) *
-                    uint32_t(a.scale_row);
+        row_at[i] =
+            uint32_t(min(row0 + warp * 64 + lane + 32 * i, a.N - 1)) * uint32_t(a.scale_row);
       constexpr int kUnit = 128 / F::kGroup * Shape::kScaleSize;
       Batch s[2], b[2];
       const auto load = [&](int unit) {
@@ -279,7 +288,8 @@ struct MatmulBlock {
       };
       if (first_unit < last_unit) load(first_unit);
       // Whole lines into the L2 cache, ahead of the loads to come.
-      for (int at = first_unit * kUnit + 128; at < min(last_unit * kUnit, a.scale_row); at += 128)
+      for (int at = first_unit * kUnit + 128; at < min(last_unit * kUnit, a.scale_row);
+           at += 128)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           prefetch_line(a.scales + (row_at[i] + at));
@@ -297,8 +307,8 @@ struct MatmulBlock {
           for (int i = 0; i < 2; i++) {
 #pragma unroll
             for (int group = h * kGroups; group < (h + 1) * kGroups; group++)
-              extreme |= Decode::extreme(Shape::kAffine ? now_s[i].half(group)
-                                                        : now_s[i].byte(group));
+              extreme |=
+                  Decode::extreme(Shape::kAffine ? now_s[i].half(group) : now_s[i].byte(group));
             const int row = warp * 64 + lane + 32 * i;
             const uint32_t to = unit_at(ring.slot()) + Shape::kCodeBytes + row * kRowBytes +
                                 turn_of(row, kRowBytes) * 16;

@@ -1,10 +1,10 @@
 // Packed codes, in their natural order along K, to the A operand of wgmma.
 //
-// A fragment of wgmma wants k = 8j+2c and 8j+2c+1 from lane c of a quad (c = lane % 4), for each
-// chunk j of 8 codes: `pair(words, j)`, words the row's from chunk 0 on. A chunk of B-bit codes is
-// B bytes and lane c's pair is 2B bits of it, from bit 2Bc on. So all four lanes read the same
-// words of a row, and each takes its own part. Codes become elements of T exactly; what is rounded
-// is scale * code + bias, once.
+// A fragment of wgmma wants k = 8j+2c and 8j+2c+1 from lane c of a quad (c = lane % 4), for
+// each chunk j of 8 codes: `pair(words, j)`, words the row's from chunk 0 on. A chunk of B-bit
+// codes is B bytes and lane c's pair is 2B bits of it, from bit 2Bc on. So all four lanes read
+// the same words of a row, and each takes its own part. Codes become elements of T exactly;
+// what is rounded is scale * code + bias, once.
 //
 // Instructions per pair and lane, bf16: 4 and 8 bits 3, 3 bits 3.75, e2m1 4.5, e4m3 5; fp16 one
 // more.
@@ -31,8 +31,8 @@ __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return r;
 }
 
-// Bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `select`; a nibble's top bit asks
-// for the byte's top bit, eight times.
+// Bytes of a (0 to 3) and b (4 to 7), chosen by the nibbles of `select`; a nibble's top bit
+// asks for the byte's top bit, eight times.
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(select));
@@ -70,9 +70,9 @@ template <class Code, class T>
 struct Pairs;
 
 // Unsigned codes. bf16: a code in the low 8 bits is the value code * 2^-133, since subnormal
-// numbers and the first normal ones are equally spaced; group_pair makes up for that factor, less
-// kAlphaExponent, as far as `extreme` allows. fp16 has no such range: there the code becomes the
-// mantissa of 1024 + code, from which 1024 is subtracted.
+// numbers and the first normal ones are equally spaced; group_pair makes up for that factor,
+// less kAlphaExponent, as far as `extreme` allows. fp16 has no such range: there the code
+// becomes the mantissa of 1024 + code, from which 1024 is subtracted.
 template <int B, class T>
 struct Pairs<Unsigned<B>, T> {
   static constexpr uint32_t kMask = (1u << B) - 1;
@@ -92,8 +92,8 @@ struct Pairs<Unsigned<B>, T> {
                         : uint32_t(2 * B * c) % 32),
         c(c) {}
 
-  // Four bytes of a row, from byte 4 * i on, once the row is shifted so that this lane's pair of
-  // chunk j begins at byte B * j.
+  // Four bytes of a row, from byte 4 * i on, once the row is shifted so that this lane's pair
+  // of chunk j begins at byte B * j.
   template <int n>
   __device__ __forceinline__ uint32_t word_at(const uint32_t (&w)[n], int i) const {
     const auto stored = [&](int at) {
@@ -137,13 +137,13 @@ struct Pairs<Unsigned<B>, T> {
     if constexpr (!kTiny) return {scale, bias};
     constexpr int kUp = kLift - kAlphaExponent;
     return {Half<T>::multiply(scale, pair_of<T>(power_of_2(kUp), power_of_2(kUp - kSecondAt))),
-            Half<T>::multiply(bias, pair_of<T>(power_of_2(-kAlphaExponent),
-                                               power_of_2(-kAlphaExponent)))};
+            Half<T>::multiply(
+                bias, pair_of<T>(power_of_2(-kAlphaExponent), power_of_2(-kAlphaExponent)))};
   }
 };
 
-// e2m1: the code's bits moved to T's sign, lowest exponent and highest mantissa bits are the value
-// times 2^-kLift, subnormal codes included.
+// e2m1: the code's bits moved to T's sign, lowest exponent and highest mantissa bits are the
+// value times 2^-kLift, subnormal codes included.
 template <class T>
 struct Pairs<E2m1, T> {
   static constexpr int kLift = Half<T>::kLiftE2m1;
@@ -173,10 +173,10 @@ struct Pairs<E4m3, T> {
   }
 };
 
-// Per format: pairs of codes to pairs of weights, `pair`; what a group's scale (and bias) become
-// in shared memory, `group_pair` or `entry`; weights come out times 2^-kAlphaExponent. kBias: with
-// a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kExtreme: some scales are `extreme`,
-// and their tiles are computed again, code by code.
+// Per format: pairs of codes to pairs of weights, `pair`; what a group's scale (and bias)
+// become in shared memory, `group_pair` or `entry`; weights come out times 2^-kAlphaExponent.
+// kBias: with a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kExtreme: some scales
+// are `extreme`, and their tiles are computed again, code by code.
 template <class F, class T>
 struct WeightPairs;
 
@@ -208,8 +208,8 @@ struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
   }
 };
 
-// fp16: an e4m3 scale leaves room for the lift, so one multiply. Every product is exact, down to
-// 2^-9 * 2^-10.
+// fp16: an e4m3 scale leaves room for the lift, so one multiply. Every product is exact, down
+// to 2^-9 * 2^-10.
 template <>
 struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
   using Pairs<E2m1, f16>::Pairs;
@@ -226,10 +226,10 @@ struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
   }
 };
 
-// bf16, e2m1: codes become the integers 2v + 12, 0 to 24, which are linear as unsigned codes are;
-// the bias takes the 12 back. Two byte permutes look up four codes each: one those without a sign
-// bit and zero for the others (it then repeats the clear top bit of a table's byte), the other the
-// reverse.
+// bf16, e2m1: codes become the integers 2v + 12, 0 to 24, which are linear as unsigned codes
+// are; the bias takes the 12 back. Two byte permutes look up four codes each: one those without
+// a sign bit and zero for the others (it then repeats the clear top bit of a table's byte), the
+// other the reverse.
 struct TwelvePairs {
   static constexpr bool kBias = true, kByTwo = true;
   static constexpr int kAlphaExponent = 32;
@@ -272,8 +272,9 @@ struct WeightPairs<Mxfp4, bf16> : TwelvePairs {
     return byte - 27u > 154u - 27u && byte != 255u;
   }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
-    const uint32_t s =
-        byte == 255u ? 0x7fc0u : extreme(byte) ? 0u : (byte + uint32_t(kUp)) << 7;
+    const uint32_t s = byte == 255u    ? 0x7fc0u
+                       : extreme(byte) ? 0u
+                                       : (byte + uint32_t(kUp)) << 7;
     return s | s << 16;
   }
 };

@@ -14,10 +14,10 @@ bool vectors(const void* p, int64_t row_bytes, int bytes) {
   return (reinterpret_cast<uintptr_t>(p) | uint64_t(row_bytes)) % uint64_t(bytes) == 0;
 }
 
-// How many clusters of `size` blocks run at once: at most the multiprocessors over `size`, fewer
-// where a GPC holds no multiple of it.
-int clusters_at_once(void (*kernel)(MatmulArgs), int threads, int shared_bytes, int size,
-                     int processors) {
+// How many clusters of `size` blocks run at once: at most the multiprocessors over `size`,
+// fewer where a GPC holds no multiple of it.
+int most_clusters(void (*kernel)(MatmulArgs), int threads, int shared_bytes, int size,
+                  int processors) {
   if (size == 1) return processors;
   static std::atomic<int> known[17];
   if (const int count = known[size].load()) return count;
@@ -67,8 +67,8 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.global_x = p.global_x, a.global_w = p.global_w;
 
   const int cluster = a.share * a.split, tiles = a.row_groups * a.token_tiles;
-  int clusters = clusters_at_once(matmul_kernel<F, T, kTokens>, Shape::kThreads, Shape::kBytes,
-                                  cluster, queue.device().processors);
+  int clusters = most_clusters(matmul_kernel<F, T, kTokens>, Shape::kThreads, Shape::kBytes,
+                               cluster, queue.device().processors);
   if (a.split > 1 || clusters > tiles) clusters = tiles;
   queue.run(matmul_kernel<F, T, kTokens>, dim3(clusters * cluster), dim3(Shape::kThreads),
             size_t(Shape::kBytes), cluster, a);

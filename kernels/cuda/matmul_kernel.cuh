@@ -3,52 +3,11 @@
 #pragma once
 
 #include "matmul.h"
+#include "matmul_extreme.cuh"
 
 namespace lowbit::cuda {
 
 #if LOWBIT_HOPPER
-
-// Code k of a row.
-template <int B>
-__device__ __forceinline__ uint32_t one_code(const uint32_t* row, int64_t k) {
-  const int64_t at = k * B / 32;
-  const int shift = int(k * B % 32);
-  uint32_t v = row[at] >> shift;
-  if (shift + B > 32) v |= row[at + 1] << (32 - shift);
-  return v & ((1u << B) - 1);
-}
-
-// One row of y, at every other token of 16 from `token` on, each weight by itself: for scales that
-// the decoder cannot carry. Apart from MatmulGroup, whose members it would force into memory.
-template <class F, class T, int kTokens>
-__device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int token, int first,
-                                           int step) {
-  if (row >= a.N) return;
-  float alpha = 1.0f, bias = 0.0f;
-  if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
-  if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
-  if (a.bias)
-    bias = a.bias_is_f32 ? static_cast<const float*>(a.bias)[row]
-                         : float(static_cast<const T*>(a.bias)[row]);
-  const auto* codes = reinterpret_cast<const uint32_t*>(a.code_data + row * a.row_bytes);
-  const int64_t scales = int64_t(row) * (a.K / F::kGroup);
-  for (int i = first; i < kTokens / 16; i += step)
-    for (int t = token + 16 * i; t < min(token + 16 * i + 15, a.M); t += 2) {
-      const T* x = static_cast<const T*>(a.x_data) + int64_t(t) * a.K;
-      float sum = 0.0f;
-      for (int k = 0; k < a.K; k++) {
-        const int64_t at = scales + k / F::kGroup;
-        float w = F::Code::decode(one_code<F::kBits>(codes, k));
-        if constexpr (F::kHasBias)
-          w = fmaf(w, float(reinterpret_cast<const T*>(a.scales)[at]),
-                   float(reinterpret_cast<const T*>(a.biases)[at]));
-        else
-          w *= F::Scale::decode(a.scales[at]);
-        sum = fmaf(float(x[k]), w, sum);
-      }
-      static_cast<T*>(a.y_data)[int64_t(t) * a.N + row] = T(fmaf(alpha, sum, bias));
-    }
-}
 
 // One of the warpgroups that multiply.
 template <class F, class T, int kTokens>
@@ -62,7 +21,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 
   // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32.
   static constexpr int kPieces = F::kBits == 8 || F::kGroup == 16 ? 4 : 2;  // of a unit
-  static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;  // of 8 k, of 16 k
+  static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;        // of 8 k, of 16 k
   static constexpr int kWords = kChunks * F::kBits / 4;
   static constexpr int kPieceGroups = F::kGroup * kPieces < 128 ? 128 / kPieces / F::kGroup : 1;
   static constexpr int kCodeLoad = kWords % 4 == 0 ? 16 : 8;  // bytes
@@ -79,11 +38,11 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 
   const Decode decode;
   int half, parity, warp, lane;  // 64 rows of 128; units of K; of this warpgroup
-  // Where chunks i, i + kTurns, ... of this lane's first row begin in a unit; the second row is 8
-  // rows on.
+  // Where chunks i, i + kTurns, ... of this lane's first row begin in a unit; the second row is
+  // 8 rows on.
   uint32_t code_at[kTurns], entry_at[kEntryTurns];
-  uint32_t out_at;   // where this lane's row of an 8x8 tile of y goes
-  uint32_t peer = 0;  // the other block that shares x: its x_empty(0)
+  uint32_t out_at;                        // where this lane's row of an 8x8 tile of y goes
+  uint32_t peer = 0;                      // the other block that shares x: its x_empty(0)
   uint32_t x_taken = 0, units_taken = 0;  // before this tile
   uint32_t out_count = 0;
 
@@ -116,17 +75,17 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 #pragma unroll
       for (int i = 0; i < kWords * 4; i += kCodeLoad) {
         const int at = p * kWords * 4 + i;  // in the row
-        const uint32_t from = Shape::kSwizzle ? code_at[at / 16 % kTurns] + at % 16
-                                              : code_at[0] + uint32_t(at);
+        const uint32_t from =
+            Shape::kSwizzle ? code_at[at / 16 % kTurns] + at % 16 : code_at[0] + uint32_t(at);
         load_shared<kCodeLoad>(from + unit + r * 8 * Shape::kRowBytes, &piece.words[r][i / 4]);
       }
       constexpr int kFrom = p * Shape::kEntries / kPieces * Shape::kEntry;
       uint32_t v[kEntryBytes / 4];
 #pragma unroll
       for (int i = 0; i < kEntryBytes; i += kEntryLoad)
-        load_shared<kEntryLoad>(entry_at[(kFrom + i) / 16] + (kFrom + i) % 16 + unit +
-                                    r * 8 * Shape::kEntryRow,
-                                &v[i / 4]);
+        load_shared<kEntryLoad>(
+            entry_at[(kFrom + i) / 16] + (kFrom + i) % 16 + unit + r * 8 * Shape::kEntryRow,
+            &v[i / 4]);
 #pragma unroll
       for (int i = 0; i < kPieceGroups; i++) {
         if constexpr (Decode::kBias)
@@ -232,7 +191,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
   using UnitRing = typename Block::UnitRing;
   using XRing = typename Block::XRing;
 
-  // Adds the sums of the units of the other parity. False: this warpgroup's were added elsewhere.
+  // Adds the sums of the units of the other parity. False: this warpgroup's were added
+  // elsewhere.
   __device__ __forceinline__ bool gather_parities(Sums& sums) const {
     if constexpr (kParities == 1) return true;
     const uint32_t at = base + Shape::kSumsAt + (half * 128 + warp * 32 + lane) * 16;
@@ -280,8 +240,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     return e;
   }
 
-  // d: sums of 16 tokens from `token` on, this lane's two rows of each. To y's type, and to `room`,
-  // or straight to y where tensor copies cannot write it.
+  // d: sums of 16 tokens from `token` on, this lane's two rows of each. To y's type, and to
+  // `room`, or straight to y where tensor copies cannot write it.
   __device__ __forceinline__ void put(const Epilogue& e, float (&d)[8], int token,
                                       uint32_t room) const {
 #pragma unroll
@@ -295,8 +255,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const int t = token + j / 4 * 8 + 2 * (lane % 4) + j % 2, row = e.row + j / 2 % 2 * 8;
-      if (t < a.M && row < a.N)
-        static_cast<T*>(a.y_data)[int64_t(t) * a.N + row] = T(d[j]);
+      if (t < a.M && row < a.N) static_cast<T*>(a.y_data)[int64_t(t) * a.N + row] = T(d[j]);
     }
   }
 
@@ -337,18 +296,19 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     }
   }
 
-  // Whether a block that decoded this tile's rows met extreme scales.
-  __device__ __forceinline__ bool extreme() const {
+  // If a block that decoded this tile's rows met extreme scales: this block's part of the tile
+  // again, tokens 16i to 16i + 15 for i = first, first + step, ...
+  __device__ __forceinline__ void mend(int row0, int token0, int first, int step) const {
+    if constexpr (!Decode::kExtreme) return;
+    bool met = false;
     for (int p = 0; p < a.split; p++)
-      if (load_remote_word(remote_address(Block::extreme_at(),
-                                          uint32_t(p * a.share + Block::share_rank))))
-        return true;
-    return false;
-  }
-  // This block's part of the tile again: tokens `first` to `first` + 15 of every 16 * `step`.
-  __device__ __forceinline__ void rewrite(int row0, int token0, int first, int step) const {
+      met |= 0 != load_remote_word(remote_address(Block::extreme_at(),
+                                                  uint32_t(p * a.share + Block::share_rank)));
+    // The copying warps may be ahead and say so just now: all threads must agree. Nothing may
+    // overtake the tile on its way out.
+    if (!sync_any(4 + 1, 256, met)) return;
     wait_for_stores<0>(true);
-    sync_threads(5, 256);
+    sync_threads(4 + 1, 256);
     write_extreme<F, T, kTokens>(a, row0 + (half * 4 + warp) * 16 + lane / 2, token0 + lane % 2,
                                  first, step);
   }
@@ -389,7 +349,6 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     matmul_kernel(const __grid_constant__ MatmulArgs a) {
 #if LOWBIT_HOPPER
   using Shape = MatmulShape<F, T, kTokens>;
-  using Decode = WeightPairs<F, T>;
   extern __shared__ char shared[];
   const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
@@ -418,7 +377,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
         group.multiply_tile(sums);
         if (!group.gather_parities(sums)) return;
         group.write(sums, row0, token0);
-        if (Decode::kExtreme && group.extreme()) group.rewrite(row0, token0, 0, 1);
+        group.mend(row0, token0, 0, 1);
       });
     } else {
       bool writes;
@@ -432,7 +391,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       if (writes)
         block.each_tile([&](int row0, int token0) {
           group.write_shared(row0, token0);
-          if (Decode::kExtreme && group.extreme()) group.rewrite(row0, token0, block.part, a.split);
+          group.mend(row0, token0, block.part, a.split);
         });
     }
     wait_for_stores<0>();

@@ -9,10 +9,6 @@ namespace lowbit::cuda {
 
 namespace {
 
-Plan matmul_plan(const Problem& p, const Device&) {
-  return {Plan::Kernel::matmul, p.M <= 64 ? 64 : p.M <= 128 ? 128 : 256, 128, 0, 1};
-}
-
 // qqmm of bfloat16: Q(x) is exact in bfloat16 and takes x's place, in a pass of its own.
 Problem after_quantizing(Problem p) {
   if (p.dtype == Dtype::bf16 && !p.gather) p.quantize_x = false;
@@ -44,7 +40,10 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
            << " rows of w a tile";
       break;
     case Plan::Kernel::simt:
-      text << "cuda simt, float32 arithmetic";
+      if (p.dtype != Dtype::f32 && !p.gather && !p.quantize_x)
+        text << "weights decoded to " << name(p.dtype) << ", then MLX's matmul";
+      else
+        text << "cuda simt, float32 arithmetic";
       break;
   }
   if (p.quantize_x && plan.kernel != Plan::Kernel::simt) text << ", after quantizing x";

@@ -114,8 +114,8 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, int column, i
       "r"(column), "r"(row), "r"(from)
       : "memory");
 }
-// Until all but `groups` of this thread's stores have read their shared memory; or, `written`, until
-// all are done.
+// Until all but `groups` of this thread's stores have read their shared memory; or, `written`,
+// until all are done.
 template <int groups>
 __device__ __forceinline__ void wait_for_stores(bool written = false) {
   if (written) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -146,10 +146,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&
 // Four 8x8 matrices of 16-bit elements, transposed: lane l gives the address of row l % 8 of
 // matrix l / 8.
 __device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                   address),
-               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
 }
 
 // One element of 1 or 2 bytes that nobody writes meanwhile.
@@ -172,6 +172,20 @@ __device__ __forceinline__ void prefetch_line(const uint8_t* p) {
 // Threads of the block that name the same barrier (1 to 15), `threads` in all.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// The same, and whether any of them says yes: one answer for all.
+__device__ __forceinline__ bool sync_any(int barrier, int threads, bool yes) {
+  uint32_t any;
+  asm volatile(
+      "{ .reg .pred p, q;\n"
+      "  setp.ne.u32 p, %3, 0;\n"
+      "  bar.red.or.pred q, %1, %2, p;\n"
+      "  selp.u32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"(uint32_t(yes))
+      : "memory");
+  return any;
 }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -197,8 +211,7 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   return r;
 }
 __device__ __forceinline__ void arrive_remote(uint32_t address) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 __device__ __forceinline__ uint32_t load_remote_word(uint32_t address) {
   uint32_t v;

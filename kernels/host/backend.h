@@ -44,6 +44,8 @@ struct Backend {
                             const std::optional<mx::array>& biases,
                             const std::optional<mx::array>& global_scale, mx::array& out,
                             mx::Stream);
+  // Whether the plan of a product on that device uses tensor cores.
+  bool (*on_tensor_cores)(const Problem&, int device);
   // The plan of a product on that device, in words.
   std::string (*explain)(const Problem&, int device);
 };
