@@ -1,5 +1,5 @@
 // From MLX arrays to kernel arguments and onto MLX's command encoder. The only file of the CUDA
-// backend, beside memory.cpp, that knows MLX.
+// backend, beside launch_memory.cpp, that knows MLX.
 //
 // libmlx.so holds a CUDA runtime of its own, which does not know the kernels of this object:
 // they reach the encoder as CUfunction, found by the runtime of this object.
@@ -13,7 +13,7 @@
 #include "../host/backend.h"
 #include "device.h"
 #include "kernels.h"
-#include "memory.h"
+#include "launch_memory.h"
 #include "mlx/backend/cuda/device.h"
 
 namespace lowbit::cuda {
@@ -160,7 +160,8 @@ class EncoderQueue : public Queue {
     }();
     out.set_data(take(out.nbytes(), index_, encoder_.stream()));
     void* p = keep(out);
-    // Straight onto the stream, before the graph: nothing there uses the block (memory.h).
+    // Straight onto the stream, before the graph: nothing there uses the block
+    // (launch_memory.h).
     if (poison)
       check(cudaMemsetAsync(p, 0xff, out.nbytes(), encoder_.stream()), "cudaMemsetAsync");
     return static_cast<T*>(p);

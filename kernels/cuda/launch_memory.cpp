@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "launch_memory.h"
 
 #include <algorithm>
 #include <bit>
