@@ -14,6 +14,7 @@ from . import formats
 from .backend import missing_kernel
 from .nn import swap
 from .nn.layer import FLOATS, ORIGIN, LowbitLayer
+from .nn.merge import Merged, merge_model, separate
 from .ops import ACTIVATION_MODES
 
 _BACKENDS = ("auto", "lowbit", "mlx")
@@ -41,6 +42,7 @@ class Report:
     Attributes:
         replaced: the layers that were changed, in the order of the model.
         left: layers that might have been expected among them, with the reason why they are not.
+        merged: layers that share one product from this call on, with the bytes of their parameters.
         unchanged: how many layers already were what the call makes of them.
         cache_bytes: memory that the changed layers hold beyond the model's own arrays. No backend
             keeps a repacked copy of a weight now, so it is 0.
@@ -48,12 +50,14 @@ class Report:
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    merged: list[Merged] = field(default_factory=list)
     unchanged: int = 0
     cache_bytes: int = 0
 
     def __str__(self) -> str:
         rows = [(_pattern(path), kind, fmt) for path, kind, fmt in self.replaced]
         rows += [(_pattern(path), "left", reason) for path, reason in self.left]
+        rows += [(_pattern(path), "merged", " ".join(names)) for path, names, _ in self.merged]
         lines = [("layers", "path", "now", "format or reason")]
         lines += [(str(count), *row) for row, count in Counter(rows).items()]
         wide = [max(len(line[column]) for line in lines) for column in range(3)]
@@ -65,6 +69,9 @@ class Report:
             f"{len(self.replaced)} replaced, {len(self.left)} left, {self.unchanged} unchanged; "
             f"private caches: {self.cache_bytes} bytes"
         )
+        if self.merged:
+            size = sum(group.bytes for group in self.merged)
+            total += f"; {len(self.merged)} merged products over {size} bytes"
         return "\n".join([*(table if rows else ()), total])
 
 
@@ -73,7 +80,7 @@ def _pattern(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", path) or "(the model itself)"
 
 
-def accelerate(model: mlx_nn.Module, *, backend: str = "auto") -> Report:
+def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | None = None) -> Report:
     """Run the quantized layers of ``model`` on this package's kernels, changing it in place.
 
     ``mlx.nn.QuantizedLinear``, ``QuantizedEmbedding`` and ``QQLinear``, mlx-lm's and mlx-vlm's
@@ -85,11 +92,22 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto") -> Report:
     copied, and :func:`undo` is exact. Calling it again does nothing. What the layers then run
     follows :func:`mlx_lowbit.set_backend`.
 
+    On a GPU, where a decode step costs more for each operation than for its arithmetic, layers that
+    are called with the same x compute one product: ``q_proj``, ``k_proj`` and ``v_proj`` of a
+    parent, ``gate_proj`` and ``up_proj``, and some others, as far as they are stored in the same
+    format. Their parameters are evaluated and become slices of one array: same names, shapes, bits
+    and files, no second copy, except where other code holds on to the former arrays. A layer whose
+    parameters change later (loading, casting, training, in place as well), or which is called with
+    another x, computes its own product, and soon all of its group do, until accelerate is called
+    again. Results do not depend on it beyond the rounding of float32 sums.
+
     What a model computes without such a layer stays with MLX, for example attention over a
     quantized KV cache. A function that ``mx.compile`` has traced already keeps what it traced.
 
     Args:
         model: a model of mlx-lm, of mlx-vlm, or any ``mlx.nn.Module``, a single layer included.
+        merge: share products among layers with the same x; None means on a GPU as the default
+            device. ``False`` ends the sharing of an earlier call.
         backend: ``"auto"`` changes the layers whose format has a kernel for the default device;
             ``"lowbit"`` those of every format of this package whatever the device (for a model that
             will run on a stream of another one); ``"mlx"`` leaves MLX's layers, putting back those
@@ -99,7 +117,7 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto") -> Report:
         Report: which layers were changed, which were left and why.
 
     Raises:
-        TypeError: ``model`` is no ``mlx.nn.Module``.
+        TypeError: ``model`` is no ``mlx.nn.Module``, or ``merge`` neither a bool nor None.
         ValueError: an unknown ``backend``.
 
     Example:
@@ -110,6 +128,8 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto") -> Report:
     if backend not in _BACKENDS:
         names = ", ".join(map(repr, _BACKENDS))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    if merge is not None and not isinstance(merge, bool):
+        raise TypeError(f"merge: expected True, False or None, got {merge!r}")
     if backend == "mlx":
         return undo(model)
     table, report, changes = swap.classes(), Report(), []
@@ -130,14 +150,19 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto") -> Report:
                 report.left.append(Left(path, reason))
     for module, cls in changes:
         swap.change_class(module, cls)
+    if merge or (merge is None and mx.default_device().type == mx.gpu):
+        report.merged = merge_model(swap.walk(model))
+    elif merge is not None:
+        for _, module in swap.walk(model):
+            separate(module)
     return report
 
 
 def undo(model: mlx_nn.Module) -> Report:
     """Give every layer that :func:`accelerate` changed its former class back, in place.
 
-    The parameters are the same arrays throughout, so the model computes bit for bit what it did
-    before. Layers that were made as this package's own, by their constructors or by
+    The parameters keep their bits throughout (those of merged products stay slices of one array),
+    so the model computes bit for bit what it did before. Layers that were made as this package's own, by their constructors or by
     :func:`quantize_activations`, stay; on a model that was not accelerated nothing happens.
 
     Returns:
@@ -149,6 +174,7 @@ def undo(model: mlx_nn.Module) -> Report:
     swap.check_model(model)
     report = Report()
     for path, module in swap.walk(model):
+        separate(module)
         if ORIGIN in vars(module):
             swap.restore_class(module)
             report.replaced.append(Replaced(path, type(module).__name__, describe(module)))

@@ -8,6 +8,7 @@ from .accelerate import Left, Replaced, Report, describe
 from .nn import QQLinear, swap
 from .nn.experts import QQSwitchProduct, SwitchProduct, over
 from .nn.layer import ORIGIN
+from .nn.merge import separate
 from .ops import ACTIVATION_MODES
 
 
@@ -20,6 +21,7 @@ def quantize_activations(model: mlx_nn.Module, *, skip_unsupported: bool = False
     copied or built anew. Quantized embeddings stay weight-only (their rows are looked up), a tied
     output head included. The change is part of the model from then on: :func:`undo` does not revert
     it, and loading the saved model again gives weight-only layers, since the files are the same.
+    Products that :func:`accelerate` merged end for these layers; calling it again merges them.
 
     Args:
         model: a model with quantized layers.
@@ -62,6 +64,7 @@ def quantize_activations(model: mlx_nn.Module, *, skip_unsupported: bool = False
             f"{_either()}, got none; quantize its weights first, for example with mlx.nn.quantize"
         )
     for module, twin in changes:
+        separate(module)
         vars(module).pop(ORIGIN, None)
         object.__setattr__(module, "__class__", twin)
     report.left += refused

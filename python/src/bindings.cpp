@@ -72,6 +72,26 @@ NB_MODULE(_ext, m) {
       "Its argument: fails when this build and mlx.core do not share the array type.");
 
   m.def(
+      "same_arrays",
+      [](nb::args pairs) {
+        if (pairs.size() % 2) return false;
+        for (size_t i = 0; i < pairs.size(); i += 2) {
+          const array *a = nullptr, *b = nullptr;  // null for None
+          if (!nb::try_cast(pairs[i], a) || !nb::try_cast(pairs[i + 1], b)) return false;
+          if (a == nullptr || b == nullptr ? a != b : a->id() != b->id()) return false;
+        }
+        return true;
+      },
+      "Whether (a, b, c, d, ...) are pairs of one array each, or of None. Python objects "
+      "cannot "
+      "tell: `x += 1` makes the same object another array, and a transformation may leave the "
+      "same array in another object.");
+
+  m.def(
+      "is_tracer", [](const array& a) { return a.is_tracer(); }, "a"_a,
+      "Whether an array stands for a value in a function that MLX is transforming.");
+
+  m.def(
       "quantize",
       [](const array& w, int format, const OptionalArray& global_scale, StreamOrDevice s) {
         return lowbit::quantize(w, Format(format), global_scale, s);

@@ -14,6 +14,9 @@ from ..ops import ACTIVATION_MODES
 ORIGIN = "_class_before_accelerate"
 """Plain attribute, never a parameter: the class which ``undo`` puts back."""
 
+SEAT = "_seat"
+"""Plain attribute, never a parameter: the place of a layer in a merged product, or None."""
+
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -43,6 +46,7 @@ def share(cls: type[Layer], source: mlx_nn.Module) -> Layer:
     vars(layer).update(vars(source))
     vars(layer)["_no_grad"] = set(source._no_grad)
     vars(layer).pop(ORIGIN, None)
+    vars(layer).pop(SEAT, None)
     return layer
 
 

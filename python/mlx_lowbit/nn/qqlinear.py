@@ -56,6 +56,8 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
     biases = None
     _quantized = True
 
+    _seat = None
+
     def __init__(
         self,
         input_dims: int,
@@ -79,6 +81,8 @@ class QQLinear(LowbitLayer, mlx_nn.QQLinear, mlx_nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., input_dims] -> [..., output_dims]: :func:`mlx_lowbit.qqmm`."""
+        if self._seat is not None and (part := self._seat.product(self, x)) is not None:
+            return part
         return ops.qqmm(
             x,
             self["weight"],

@@ -37,16 +37,23 @@ class QuantizedLinear(LowbitLayer, mlx_nn.QuantizedLinear):
         >>> layer = mlx_lowbit.nn.QuantizedLinear.from_linear(linear, bits=4, group_size=64)
     """
 
+    _seat = None
+
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., input_dims] -> [..., output_dims]: :func:`mlx_lowbit.quantized_matmul`."""
+        if self._seat is not None and (part := self._seat.product(self, x)) is not None:
+            return part
+        get = self.get
         return ops.quantized_matmul(
             x,
             self["weight"],
             self["scales"],
-            self.get("biases"),
-            bias=self.get("bias"),
-            global_scale=stored_global_scale(self),
-            **quantization(self),
+            get("biases"),
+            bias=get("bias"),
+            global_scale=None if get("global_scale") is None else stored_global_scale(self),
+            mode=self.mode,
+            bits=self.bits,
+            group_size=self.group_size,
         )
 
     @classmethod
