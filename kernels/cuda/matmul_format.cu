@@ -1,7 +1,6 @@
 // The matmul kernels of one format: compiled once for each row of formats.def, with its name in
 // LOWBIT_FORMAT.
-#include <atomic>
-
+#include "clusters.h"
 #include "formats.h"
 #include "matmul_kernel.cuh"
 #include "matmul_rules.h"
@@ -9,32 +8,6 @@
 namespace lowbit::cuda {
 
 namespace {
-
-bool vectors(const void* p, int64_t row_bytes, int bytes) {
-  return (reinterpret_cast<uintptr_t>(p) | uint64_t(row_bytes)) % uint64_t(bytes) == 0;
-}
-
-// How many clusters of `size` blocks run at once: at most the multiprocessors over `size`,
-// fewer where a GPC holds no multiple of it.
-int most_clusters(void (*kernel)(MatmulArgs), int threads, int shared_bytes, int size,
-                  int processors) {
-  if (size == 1) return processors;
-  static std::atomic<int> known[17];
-  if (const int count = known[size].load()) return count;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  cudaLaunchAttribute dimension{};
-  dimension.id = cudaLaunchAttributeClusterDimension;
-  dimension.val.clusterDim = {unsigned(size), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(size), config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.attrs = &dimension, config.numAttrs = 1;
-  int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess || count < 1)
-    count = processors / size;
-  known[size] = count;
-  return count;
-}
 
 template <class F, class T, int kTokens>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
@@ -56,13 +29,13 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.codes = tensor_map(p.w.codes, 1, p.N, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
                        Shape::kRowBytes, Shape::kSwizzle);
   a.x_data = p.x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes, a.y_data = p.y;
-  a.y_tiles = vectors(p.y, 2 * p.N, 16);
+  a.y_tiles = aligned(p.y, 2 * p.N, 16);
   a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.x;
   a.scales = static_cast<const uint8_t*>(p.w.scales);
   a.biases = static_cast<const uint8_t*>(p.w.biases);
   a.scale_row = int(p.K / F::kGroup) * Shape::kScaleSize;
-  a.scale_vectors = p.K % 256 == 0 && vectors(a.scales, a.scale_row, Shape::kBatchBytes) &&
-                    vectors(a.biases, a.scale_row, Shape::kBatchBytes);
+  a.scale_vectors = p.K % 256 == 0 && aligned(a.scales, a.scale_row, Shape::kBatchBytes) &&
+                    aligned(a.biases, a.scale_row, Shape::kBatchBytes);
   a.bias = p.bias, a.bias_is_f32 = p.bias_dtype == Dtype::f32;
   a.global_x = p.global_x, a.global_w = p.global_w;
 

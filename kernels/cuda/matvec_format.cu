@@ -1,37 +1,12 @@
 // The matvec kernels of one format: compiled once for each row of formats.def, with its name in
 // LOWBIT_FORMAT.
-#include <atomic>
-
+#include "clusters.h"
 #include "formats.h"
 #include "matvec.h"
 
 namespace lowbit::cuda {
 
 namespace {
-
-bool aligned(const void* p, int64_t row_bytes, int to) {
-  return (reinterpret_cast<uintptr_t>(p) | uint64_t(row_bytes)) % unsigned(to) == 0;
-}
-
-// How many clusters of `size` blocks the device runs at once: fewer than its multiprocessors
-// over `size`, since a cluster stays within one GPC.
-int clusters_at_once(void (*kernel)(MatvecArgs), int threads, int shared_bytes, int size) {
-  static std::atomic<int> known[9];
-  if (int count = known[size].load()) return count;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(size), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(size), config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.attrs = &cluster, config.numAttrs = 1;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess || count < 1)
-    count = 1;
-  known[size] = count;
-  return count;
-}
 
 template <class F, class T, int TOK, bool split>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
@@ -56,10 +31,9 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.part = int(MatvecSizes::part(p.K, plan.split_k));
   const int parts = (a.K + a.part - 1) / a.part;
   const int all = int((p.N + Shape::kRows - 1) / Shape::kRows);
-  const int at_once = parts == 1
-                          ? queue.device().processors
-                          : clusters_at_once(matvec_kernel<F, T, TOK, split>, Shape::kThreads,
-                                             queue.device().shared_bytes, parts);
+  const int at_once =
+      most_clusters(matvec_kernel<F, T, TOK, split>, Shape::kThreads,
+                    queue.device().shared_bytes, parts, queue.device().processors);
   const int teams = at_once < all ? at_once : all;
   a.at = Shape::kSizes.layout(a.part, split ? (all + teams - 1) / teams : 0);
   queue.run(matvec_kernel<F, T, TOK, split>, dim3(teams * parts), dim3(Shape::kThreads),

@@ -162,8 +162,9 @@ def undo(model: mlx_nn.Module) -> Report:
     """Give every layer that :func:`accelerate` changed its former class back, in place.
 
     The parameters keep their bits throughout (those of merged products stay slices of one array),
-    so the model computes bit for bit what it did before. Layers that were made as this package's own, by their constructors or by
-    :func:`quantize_activations`, stay; on a model that was not accelerated nothing happens.
+    so the model computes bit for bit what it did before. Layers that were made as this package's
+    own, by their constructors or by :func:`quantize_activations`, stay; on a model that was not
+    accelerated nothing happens.
 
     Returns:
         Report: which layers were changed back, which were left and why.
