@@ -77,11 +77,19 @@ struct ToFloat<E8m0> {
   }
 };
 
+// Codes meet x as numbers that add up in float32. (fixed.h: as integers, x in several limbs.)
+struct FloatSums {
+  using Sum = f32;
+  static constexpr int kLimbs = 1;
+  static LOWBIT_FN Sum start() { return zero(); }
+  static LOWBIT_FN f32 value(Sum sum, f32) { return sum; }
+};
+
 // ---- lane order, float32
 // ----------------------------------------------------------------------
 
 template <class C>
-struct LaneDecoder {
+struct LaneDecoder : FloatSums {
   using Code = C;
   using Element = float;
   static constexpr bool kScaled = true;
@@ -109,7 +117,7 @@ struct LaneDecoder {
 
 // Unquantized weights in stored order, through the same matvec: no codes, no scales.
 template <class T>
-struct DenseDecoder {
+struct DenseDecoder : FloatSums {
   using Element = float;
   static constexpr bool kScaled = false;
   static constexpr int kVectors = 4, kWidth = kLanes, kChunk = kVectors * kWidth;
@@ -127,7 +135,7 @@ struct DenseDecoder {
 
 #if defined(__AVX512BF16__)
 
-struct DensePairs {
+struct DensePairs : FloatSums {
   using Element = bf16;
   static constexpr bool kScaled = false;
   static constexpr int kVectors = 2, kWidth = 2 * kLanes, kChunk = kVectors * kWidth;
@@ -151,7 +159,7 @@ struct DensePairs {
 // Up to 4 bits: 16-bit element i holds codes 4i .. 4i+3, looked up by their low five bits in a
 // table that repeats, so that nothing above the code needs masking.
 template <class C>
-struct PairDecoder {
+struct PairDecoder : FloatSums {
   using Code = C;
   using Element = bf16;
   static constexpr bool kScaled = true;
@@ -183,7 +191,7 @@ struct PairDecoder {
 
 // 8 bits: 64 codes a chunk, each looked up as a low and a high byte and interleaved.
 template <class C>
-struct BytePairDecoder {
+struct BytePairDecoder : FloatSums {
   using Code = C;
   using Element = bf16;
   static constexpr bool kScaled = true;

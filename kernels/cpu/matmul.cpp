@@ -215,7 +215,7 @@ void matmul(const Product& p, const Plan& plan, const Pool& pool) {
 #if defined(__AMX_BF16__) || defined(LOWBIT_EMULATE_TILES)
   if (plan.arithmetic == Arithmetic::tiles) return Matmul<TileMma>{p, plan, pool}.run();
 #endif
-  if (plan.arithmetic != Arithmetic::f32) return Matmul<PairMma>{p, plan, pool}.run();
+  if (plan.arithmetic == Arithmetic::bf16_pairs) return Matmul<PairMma>{p, plan, pool}.run();
 #endif
   Matmul<FloatMma>{p, plan, pool}.run();
 }

@@ -6,14 +6,18 @@
 //     for each   R rows of W x T rows of x at a time, in registers:
 //                  sum[r][t] over a chunk of codes, then total[r][t] += scale * sum
 //
-// Affine biases enter as one dot product with the group sums of x. Since codes meet x before
-// the scale does, rows with extreme x (kernels/cpu/activations.h) take matmul instead.
+// x meets codes as float32, as bfloat16 pairs or in fixed point (fixed.h). Affine biases enter
+// as one dot product with the group sums of x. Since codes meet x before the scale does, rows
+// with extreme x (kernels/cpu/activations.h) take matmul instead.
 #include <utility>
 
-#include "activations.h"
-#include "arena.h"
 #include "kernels_of.h"
+#include "packed_x.h"
+#if defined(__AVX512VNNI__)
+#include "fixed.h"
+#endif
 #if defined(__AMX_BF16__) || defined(LOWBIT_EMULATE_TILES)
+#include "matvec_byte_tiles.h"
 #include "matvec_tiles.h"
 #endif
 
@@ -40,44 +44,6 @@ constexpr int64_t kL1Bytes = 32768;
 // Rows of x in a register tile that serves `count` of them.
 int64_t tile_tokens(int64_t count) { return count > 2 ? 4 : count; }
 
-// x as the decoder wants it: [token][chunk][vector][element], zero beyond K, and the sums of
-// its groups.
-template <class Decoder>
-struct PackedX {
-  using Element = typename Decoder::Element;
-  Element* data;
-  float* group_sums;  // [token][groups, padded]
-  int64_t K, chunks, groups;
-
-  PackedX(int64_t K, int group_size)
-      : K(K),
-        chunks(up(K, Decoder::kChunk) / Decoder::kChunk),
-        groups(group_size ? Groups::padded(K / group_size) : 0) {}
-  int64_t row() const { return chunks * Decoder::kChunk; }
-  size_t bytes(int64_t tokens) const {
-    return size_t(up(tokens * row() * int64_t(sizeof(Element)), 64) + tokens * groups * 4);
-  }
-
-  void pack(const float* in, int64_t token, int group_size) {
-    Element* out = data + token * row();
-    for (int64_t c = 0; c < chunks; c++) {
-      const float* from = in + c * Decoder::kChunk;
-      for (int v = 0; v < Decoder::kVectors; v++)
-        for (int i = 0; i < Decoder::kWidth; i++)
-          *out++ = from_float<Element>(from[Decoder::element(v, i)]);
-    }
-    float* sums = group_sums + token * groups;
-    for (int64_t g = 0; g < groups; g++) sums[g] = 0.0f;
-    if (group_size == 0) return;
-    for (int64_t g = 0; g < K / group_size; g++) {
-      f32 sum = zero();
-      const float* from = in + g * group_size;
-      for (int k = 0; k < group_size; k += kLanes) sum = add(sum, load(from + k));
-      sums[g] = reduce(sum);
-    }
-  }
-};
-
 // Partial sums of R rows of W with T rows of x, over chunks [begin, end). Chunks from `whole`
 // on are copied first: they end beyond the row, or their loads could reach beyond the array.
 template <class Decoder, int R, int T>
@@ -90,69 +56,96 @@ struct Tile {
   const float* scale[R];
   const Element* x;  // of the first chunk of K
   int64_t token_stride, row_bytes;
+  const float* step;  // of fixed-point x: from the block of K's first group on, by token
+  int64_t step_stride;
   int group_shift;
   u32 lane_group;
 
-  f32 total[R][T];
+  using Totals = f32[R][T];
+  Totals total;
 
-  LOWBIT_FN void chunk(const uint8_t* const (&from)[R], int64_t c, int64_t c0) {
+  LOWBIT_FN void chunk(const uint8_t* const (&from)[R], int64_t c, int64_t c0,
+                       Totals& total) const {
     typename Decoder::Raw raw[R];
     for (int r = 0; r < R; r++) raw[r] = decoder.read(from[r]);
-    const Element* xc = x + c * Decoder::kChunk;
+    const Element* xc = x + c * PackedX<Decoder>::kElements;
+    constexpr std::make_integer_sequence<int, Decoder::kVectors * Decoder::kLimbs> all;
     if constexpr (Decoder::kScaled) {
-      f32 sum[R][T];
+      typename Decoder::Sum sum[R][T];
       for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) sum[r][t] = zero();
-      multiply(raw, xc, sum, std::make_integer_sequence<int, Decoder::kVectors>());
+        for (int t = 0; t < T; t++) sum[r][t] = Decoder::start();
+      multiply(raw, xc, sum, all);
       const int64_t g =
           (c * Decoder::kChunk >> group_shift) - (c0 * Decoder::kChunk >> group_shift);
+      f32 x_step[T] = {};
+      if constexpr (PackedX<Decoder>::kFixed)
+        for (int t = 0; t < T; t++)
+          x_step[t] = permute(load(step + t * step_stride + g), lane_group);
       for (int r = 0; r < R; r++) {
         const f32 s = permute(load(scale[r] + g), lane_group);
-        for (int t = 0; t < T; t++) total[r][t] = fma(s, sum[r][t], total[r][t]);
+        for (int t = 0; t < T; t++)
+          total[r][t] = fma(s, Decoder::value(sum[r][t], x_step[t]), total[r][t]);
       }
     } else {
-      multiply(raw, xc, total, std::make_integer_sequence<int, Decoder::kVectors>());
+      multiply(raw, xc, total, all);
     }
   }
 
-  template <int... v>
-  LOWBIT_FN void multiply(const typename Decoder::Raw (&raw)[R], const Element* xc,
-                          f32 (&sum)[R][T], std::integer_sequence<int, v...>) {
-    (one<v>(raw, xc, sum), ...);
+  using Sums = typename Decoder::Sum[R][T];
+  template <int... i>
+  LOWBIT_FN void multiply(const typename Decoder::Raw (&raw)[R], const Element* xc, Sums& sum,
+                          std::integer_sequence<int, i...>) const {
+    (one<i>(raw, xc, sum), ...);
   }
-  template <int v>
+  // Vector i of the packed chunk, counted through the limbs of x.
+  template <int i>
   LOWBIT_FN void one(const typename Decoder::Raw (&raw)[R], const Element* xc,
-                     f32 (&sum)[R][T]) {
+                     Sums& sum) const {
+    constexpr int v = i % Decoder::kVectors;
     for (int r = 0; r < R; r++) {
       const auto w = decoder.template vector<v>(raw[r]);
-      for (int t = 0; t < T; t++)
-        sum[r][t] = Decoder::dot(w, xc + t * token_stride + v * Decoder::kWidth, sum[r][t]);
+      for (int t = 0; t < T; t++) {
+        if constexpr (i > 0 && v == 0 && Decoder::kLimbs > 1)
+          sum[r][t] = Decoder::next_limb(sum[r][t]);
+        sum[r][t] = Decoder::dot(w, xc + t * token_stride + i * Decoder::kWidth, sum[r][t]);
+      }
     }
   }
 
+  // The loop over whole chunks calls and stores nothing, so that its totals stay in registers.
   void run(int64_t begin, int64_t end, int64_t whole) {
+    Totals sums;
     for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) total[r][t] = zero();
-    alignas(64) uint8_t copy[R][Decoder::kRead + 64];
-    for (int64_t c = begin; c < end; c++) {
+      for (int t = 0; t < T; t++) sums[r][t] = zero();
+    int64_t c = begin;
+    for (; c < end && c < whole; c++) {
       const uint8_t* from[R];
-      const int64_t at = c * Decoder::kBytes, left = row_bytes - at;
       for (int r = 0; r < R; r++) {
-        from[r] = codes[r] + at;
+        from[r] = codes[r] + c * Decoder::kBytes;
         // The same chunk of the next R rows. A row is often only 2 KiB: too short a stream for
         // the hardware to get ahead of.
         for (int64_t line = 0; line < Decoder::kBytes; line += 64)
           __builtin_prefetch(from[r] + R * row_bytes + line);
       }
-      if (c >= whole) [[unlikely]] {
-        for (int r = 0; r < R; r++) {
-          std::memset(copy[r], 0, sizeof copy[r]);
-          std::memcpy(copy[r], from[r],
-                      size_t(left < Decoder::kBytes ? left : Decoder::kBytes));
-          from[r] = copy[r];
-        }
+      chunk(from, c, begin, sums);
+    }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) total[r][t] = sums[r][t];
+    if (c < end) copied(c, end, begin);
+  }
+
+  __attribute__((noinline)) void copied(int64_t c, int64_t end, int64_t begin) {
+    alignas(64) uint8_t copy[R][Decoder::kRead + 64];
+    for (; c < end; c++) {
+      const uint8_t* from[R];
+      const int64_t at = c * Decoder::kBytes, left = row_bytes - at;
+      for (int r = 0; r < R; r++) {
+        std::memset(copy[r], 0, sizeof copy[r]);
+        std::memcpy(copy[r], codes[r] + at,
+                    size_t(left < Decoder::kBytes ? left : Decoder::kBytes));
+        from[r] = copy[r];
       }
-      chunk(from, c, begin);
+      chunk(from, c, begin, total);
     }
   }
 };
@@ -199,6 +192,10 @@ struct Matvec {
     const int64_t g0 = c0 * Decoder::kChunk >> group_shift;
     const int64_t k1 = c1 * Decoder::kChunk < x.K ? c1 * Decoder::kChunk : x.K;
     const int64_t count = ((k1 + (int64_t(1) << group_shift) - 1) >> group_shift) - g0;
+    if constexpr (PackedX<Decoder>::kFixed) {
+      tile.step = x.steps + token * x.groups + g0;
+      tile.step_stride = x.groups;
+    }
     Groups groups[R];
     for (int r = 0; r < R; r++) {
       const int64_t at = row + (r < count_rows ? r : count_rows - 1);
@@ -260,24 +257,24 @@ template <class Decoder>
 bool run_matvec(const Product& p, const Plan& plan, const Pool& pool) {
   static const Decoder decoder;
   const int64_t K = p.w.columns, M = p.x.count;
-  PackedX<Decoder> x(K, Decoder::kScaled ? p.w.group_size : 0);
+  PackedX<Decoder> x{K, Decoder::kScaled ? p.w.group_size : 0};
   const int64_t tokens = M / kMaxTokens * kMaxTokens + tile_tokens(M % kMaxTokens);
-  const int64_t per_chunk = Decoder::kChunk * int64_t(sizeof(typename Decoder::Element));
+  const int64_t per_chunk = x.kElements * int64_t(sizeof(typename Decoder::Element));
   int64_t k_chunks = kL1Bytes / (per_chunk * (M < kMaxTokens ? M : kMaxTokens));
   const int64_t unit = 128 / Decoder::kChunk < 1 ? 1 : 128 / Decoder::kChunk;
   k_chunks = k_chunks < unit ? unit : k_chunks / unit * unit;
   if (k_chunks > x.chunks) k_chunks = up(x.chunks, unit);
   const Matvec<Decoder> m(p, plan, decoder, x, k_chunks);
 
-  const int64_t row_floats = up(x.row(), 16);
-  const size_t packed = size_t(up(int64_t(x.bytes(tokens)), 64));
-  char* scratch = static_cast<char*>(pool.scratch(
-      packed + size_t(pool.threads) * size_t(row_floats + m.floats(kMaxTokens)) * 4));
-  x.data = reinterpret_cast<typename Decoder::Element*>(scratch);
-  x.group_sums = reinterpret_cast<float*>(
-      scratch + up(tokens * x.row() * int64_t(sizeof(typename Decoder::Element)), 64));
-  float* rows = reinterpret_cast<float*>(scratch + packed);
-  float* room = rows + pool.threads * row_floats;
+  const int64_t row_floats = up(x.depth(), 16);
+  float *rows = nullptr, *room = nullptr;
+  const auto lay_out = [&](Arena a) {
+    x.lay_out(a, tokens);
+    rows = a.take<float>(pool.threads * row_floats);
+    room = a.take<float>(pool.threads * m.floats(kMaxTokens));
+    return a.used;
+  };
+  lay_out(Arena{static_cast<char*>(pool.scratch(lay_out(Arena{})))});
 
   bool any_extreme = false;
   const auto pack = [&](int64_t t, int thread) {
@@ -291,7 +288,7 @@ bool run_matvec(const Product& p, const Plan& plan, const Pool& pool) {
     } else {
       for (int64_t k = 0; k < K; k++) row[k] = 0.0f;
     }
-    x.pack(row, t, Decoder::kScaled ? p.w.group_size : 0);
+    x.pack(row, t);
   };
   if (tokens <= 2) {
     for (int64_t t = 0; t < tokens; t++) pack(t, 0);
@@ -327,9 +324,18 @@ bool run_format(const Product& p, const Plan& plan, const Pool& pool) {
       return TileMatvec<Decoder>{p, pool, decoder}.run();
     }
   }
+  if constexpr (kIntegerCodes<Code>) {
+    if (plan.arithmetic == Arithmetic::byte_tiles) return ByteTileMatvec<Code>{p, pool}.run();
+  }
+#endif
+#if defined(__AVX512VNNI__)
+  if constexpr (kIntegerCodes<Code>) {
+    if (plan.arithmetic == Arithmetic::fixed_point)
+      return run_matvec<FixedDecoder<Code>>(p, plan, pool);
+  }
 #endif
 #if defined(__AVX512BF16__)
-  if (plan.arithmetic != Arithmetic::f32)
+  if (plan.arithmetic == Arithmetic::bf16_pairs)
     return run_matvec<typename PairsOf<Code>::type>(p, plan, pool);
 #endif
   return run_matvec<LaneDecoder<Code>>(p, plan, pool);
@@ -337,7 +343,7 @@ bool run_format(const Product& p, const Plan& plan, const Pool& pool) {
 
 bool run_dense(const Product& p, const Plan& plan, const Pool& pool) {
 #if defined(__AVX512BF16__)
-  if (plan.arithmetic != Arithmetic::f32 && p.dense_dtype == Dtype::bf16)
+  if (plan.arithmetic == Arithmetic::bf16_pairs && p.dense_dtype == Dtype::bf16)
     return run_matvec<DensePairs>(p, plan, pool);
 #endif
   switch (p.dense_dtype) {

@@ -45,6 +45,22 @@ LOWBIT_FN void multiply() {
   }
 }
 
+// Unsigned bytes of A times signed bytes of B, into 32-bit integers, `words` of four along K.
+template <int c, int a, int b>
+LOWBIT_FN void multiply_bytes(int words) {
+  for (int m = 0; m < 16; m++) {
+    __m512i sum = _mm512_loadu_si512(registers[c].row[m]);
+    for (int k = 0; k < words; k++) {
+      int32_t word;
+      std::memcpy(&word, &registers[a].row[m][k], 4);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(word),
+                                _mm512_loadu_si512(registers[b].row[k]));
+    }
+    _mm512_storeu_si512(registers[c].row[m], sum);
+  }
+}
+inline void configure_bytes(int) {}
+
 #else
 
 struct alignas(64) Config {
@@ -53,12 +69,18 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-inline void configure() {
-  const Config config;
+inline void configure(const Config& config = {}) {
   // gcc 12 gives _tile_loadconfig a memory operand that is too small and drops the stores
   // above.
   asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
+}
+// For steps of `words` words of four bytes: tiles 0 to 5 as before, 6 as A and 7 as B.
+inline void configure_bytes(int words) {
+  Config config;
+  config.columns_bytes[6] = uint16_t(4 * words);
+  config.rows[7] = uint8_t(words);
+  configure(config);
 }
 inline void release() { _tile_release(); }
 // Written out, since gcc's macros want literal register numbers.
@@ -77,6 +99,11 @@ LOWBIT_FN void store(void* p, size_t stride) {
 template <int c, int a, int b>
 LOWBIT_FN void multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+// Unsigned bytes of A times signed bytes of B, into 32-bit integers.
+template <int c, int a, int b>
+LOWBIT_FN void multiply_bytes(int) {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
 #endif

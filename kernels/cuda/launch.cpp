@@ -151,6 +151,19 @@ class EncoderQueue : public Queue {
     return a ? input<T>(*a) : nullptr;
   }
 
+  // A weight, which may belong to the primitive instead of being an input that MLX keeps until
+  // the work is done. Nothing in the graph writes one whose value is there.
+  template <class T>
+  const T* weight(const mx::array& a) {
+    encoder_.add_temporary(a);
+    if (a.status() != mx::array::Status::available) inputs_.push_back(a);
+    return static_cast<const T*>(address(a));
+  }
+  template <class T>
+  const T* weight(const std::optional<mx::array>& a) {
+    return a ? weight<T>(*a) : nullptr;
+  }
+
   // MLX_LOWBIT_POISON=1 fills results with NaN first, so that an element nobody writes shows.
   template <class T>
   T* output(mx::array& out) {
@@ -224,9 +237,9 @@ Weights weights(Format format, const mx::array& w, const mx::array& scales,
                 const std::optional<mx::array>& biases, EncoderQueue& queue) {
   const FormatInfo& f = kFormats[int(format)];
   Weights v{};
-  v.codes = queue.input<uint8_t>(w);
-  v.scales = queue.input<void>(scales);
-  v.biases = queue.input<void>(biases);
+  v.codes = queue.weight<uint8_t>(w);
+  v.scales = queue.weight<void>(scales);
+  v.biases = queue.weight<void>(biases);
   v.scale_type = scale_type(f, scales);
   v.group_size = f.group_size;
   v.rows = w.shape(-2);
@@ -272,7 +285,7 @@ void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out,
   p.M = s.M, p.N = s.N, p.K = s.K;
   p.w = weights(kind.format, in.w, *in.scales, in.biases, queue);
   p.x = rows(in.x, queue);
-  p.bias = queue.input<void>(in.bias);
+  p.bias = queue.weight<void>(in.bias);
   if (in.bias) p.bias_dtype = dtype_of(in.bias->dtype());
   p.global_x = queue.input<float>(in.global_x);
   p.global_w = queue.input<float>(in.global_w);

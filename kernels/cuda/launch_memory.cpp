@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <deque>
 #include <mutex>
 #include <stdexcept>
 #include <unordered_map>
@@ -18,8 +19,9 @@ namespace {
 // The struct travels with its memory through the list: MLX's encoder knows a buffer by the
 // address of its CudaBuffer.
 struct Block : mx::cu::CudaBuffer {
-  int home;         // device; CudaBuffer's becomes -1 when the host has read the array
-  size_t capacity;  // bytes at `data`; `size` is what was asked for
+  int home;            // device; CudaBuffer's becomes -1 when the host has read the array
+  size_t capacity;     // bytes at `data`; `size` is what was asked for
+  uint64_t given = 0;  // when it came back to the list: a count of such events
 };
 
 // Eight sizes to a factor of two, so that requests which differ a little share blocks and at
@@ -46,15 +48,16 @@ class Pool {
 
   void give(Block* block) {
     if (block->device < 0) return moved(block);
-    std::unique_lock lock(mutex_);
-    use_.active -= block->capacity;
-    if (use_.cached + block->capacity <= limit()) {
+    std::vector<Block*> old;
+    {
+      const std::lock_guard lock(mutex_);
+      use_.active -= block->capacity;
       use_.cached += block->capacity;
+      block->given = ++events_;
       free_[block->capacity].push_back(block);
-      return;
+      while (use_.cached > limit()) old.push_back(oldest());
     }
-    lock.unlock();
-    release(block);
+    for (Block* each : old) release(each);
   }
 
   MemoryUse use() {
@@ -63,8 +66,21 @@ class Pool {
   }
 
  private:
-  // What a list may hold back from MLX and others.
+  // What a list may hold back from MLX and others. Above it the oldest blocks go, not the one
+  // that came last: else the sizes of a long prompt fill the list, and every token after it
+  // pays for cudaMallocAsync and cudaFreeAsync.
   size_t limit() const { return total_memory(device_) / 32; }
+
+  // Out of the list, which is not empty.
+  Block* oldest() {
+    std::deque<Block*>* from = nullptr;
+    for (auto& [capacity, list] : free_)
+      if (!list.empty() && (!from || list.front()->given < from->front()->given)) from = &list;
+    Block* block = from->front();
+    from->pop_front();
+    use_.cached -= block->capacity;
+    return block;
+  }
 
   void count(size_t capacity) {
     use_.active += capacity;
@@ -155,7 +171,8 @@ class Pool {
 
   const int device_;
   std::mutex mutex_;
-  std::unordered_map<size_t, std::vector<Block*>> free_;
+  std::unordered_map<size_t, std::deque<Block*>> free_;  // the last to come at the back
+  uint64_t events_ = 0;
   MemoryUse use_{};
   cudaStream_t stream_ = nullptr;
 };

@@ -9,22 +9,24 @@
 //                       16 before them; sums stay in registers to the end of the tile
 //     or 4 warpgroups   two for each 64 rows, with every other unit of K: for few tokens, where
 //                       decoding takes longer than multiplying
-//     one more warpgroup, a warp each
-//       0          tensor copies of x, 64 k wide, each half of a tile's tokens to both blocks
-//       that
-//                  share it
-//       1          tensor copies of codes, a unit (128 k) wide
-//       2, 3       scales and biases to shared memory, widened to what the decoder wants
+//     one more warpgroup
+//       a lane          tensor copies: codes, a unit (128 k) wide, and x, 64 k wide, of which
+//                       each block copies its share of a tile's tokens to all that share it
+//       two warps       scales and biases to shared memory, widened to what the decoder wants
 //
-// Shared memory: ring of x | ring of units (codes, then scales) | y on its way out | sums
-// between warpgroups | barriers. After the last multiply of a split tile the ring of x holds
-// this block's sums, which the cluster adds in the order of the parts: results do not depend on
-// timing.
+// Shared memory: ring of stages, a unit each (x, where it is not apart; codes; scales) | x, a
+// ring of its own for 256 tokens | y on its way out, before that sums between warpgroups |
+// barriers. After the last multiply of a split tile the ring holds this block's sums, which the
+// cluster adds in the order of the parts: results do not depend on timing.
 //
-// The tensor cores take a multiply with operands in registers only when they begin it, so a
-// warpgroup waits there: with 64 k decoded at a time and two warpgroups, M=64 took 30.5 us,
-// with 16 and four 27.2 us (4-bit, 4096x14336, five instructions a pair of codes; H200,
-// 2026-11-22).
+// What the time of few tokens went to (M=64, 4-bit, 4096x14336, 26.9 us; H200, 2026-11-22): not
+// memory (without x 27.1, without codes 26.2) but instructions. Four warps a scheduler took
+// 1040 cycles a unit, of which the tensor cores need 512 and the decoder's three instructions a
+// pair 256; 180 of a warp's 300 instructions a unit were waits, arrivals and addresses. So a
+// unit has one barrier to wait for and one to arrive at: 190 instructions, 22.5 us. A warp
+// stays at a multiply with operands in registers until the tensor cores are done with them:
+// what is loaded next is asked for before it. 3.7 us pass before the first unit is there, half
+// of them before its copies are asked for, with instructions that no cache has yet.
 #pragma once
 
 #include "kernels.h"
@@ -47,11 +49,14 @@ struct MatmulArgs {
   bool bias_is_f32;  // else of x's type
   const float *global_x, *global_w;
   int M, N, K;
-  int row_groups, token_tiles, panel;  // tiles: `share` * 128 rows, kTokens tokens; see tile_at
+  int row_groups, token_tiles,
+      panel;  // tiles: `share` * 128 rows, kTokens tokens; see tile_at
   int share, split;
   int units, part;  // of 128 k: of K, and of each part (even)
   int out_tokens;   // that leave at once: 32, or 16 of a split tile
 };
+
+inline constexpr int kMostSplit = 4;
 
 template <class F, class T, int kTokens>
 struct MatmulShape {
@@ -60,36 +65,43 @@ struct MatmulShape {
   static constexpr int kGroups = 2 * kParities, kThreads = 128 * (kGroups + 1);
   static constexpr bool kAffine = F::kHasBias;
 
+  // x apart: a ring of its own, in halves of a unit.
+  static constexpr bool kApart = kTokens > 128;
   static constexpr int kXBytes = kTokens * 128;
-  static constexpr int kXStages = kTokens == 256 ? 4 : 8;
+  static constexpr int kXStages = kApart ? 4 : 0;
 
   static constexpr int kRowBytes = 16 * F::kBits;  // codes of a unit
   static constexpr int kSwizzle = (kRowBytes & (kRowBytes - 1)) == 0 ? kRowBytes : 0;
   static constexpr int kCodeBytes = kRows * kRowBytes;
   static constexpr int kPer64 = F::kGroup < 64 ? 64 / F::kGroup : 1;
-  // Scales of a unit, row after row: of each group, or of each half of a group of 128, a scale
-  // or a scale and a bias.
+  // Scales of a unit, row after row: of each group, or of each half of a group of 128, a
+  // scale or a scale and a bias.
   static constexpr int kEntries = 2 * kPer64, kEntry = WeightPairs<F, T>::kBias ? 8 : 4;
   static constexpr int kEntryRow = kEntries * kEntry;  // bytes: 16, 32 or 64
-  static constexpr int kUnitBytes = kCodeBytes + kRows * kEntryRow;
+  // Within a stage.
+  static constexpr int kCodesAt = kApart ? 0 : 2 * kXBytes;
+  static constexpr int kEntriesAt = kCodesAt + kCodeBytes;
+  static constexpr int kStageBytes = kEntriesAt + kRows * kEntryRow;
 
-  static constexpr int kOutBytes = 64 * 128;  // 64 tokens x 64 rows
-  static constexpr int kSumBytes = kParities == 2 ? kTokens * kRows * 4 : 0;
-
+  // Of each warpgroup that multiplies: 32 tokens x 64 rows of y at a time. Warpgroups of the
+  // same rows add up their sums there before.
+  static constexpr int kRoomBytes = 32 * 128, kOutBytes = kRoomBytes * (3 - kParities);
   static constexpr int kTableBytes = kAffine ? 0 : 1024;  // entries by scale byte
+  static constexpr int kBarrierBytes = 256;
 
-  static constexpr int kOther =
-      kXStages * kXBytes + 2 * kOutBytes + kSumBytes + kTableBytes + 512;
-  static constexpr int kRoom = 227 * 1024 - 1024;
-  static constexpr int kUnitStages = kOther + 8 * kUnitBytes <= kRoom ? 8 : 4;
+  static constexpr int kOther = kXStages * kXBytes + kGroups * kOutBytes + kTableBytes +
+                                kBarrierBytes + 1024;  // and to align them
+  static constexpr int kFit = (227 * 1024 - kOther) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static_assert(kStages >= 3);
 
-  static constexpr int kUnitsAt = kXStages * kXBytes;
-  static constexpr int kOutAt = kUnitsAt + kUnitStages * kUnitBytes;
-  static constexpr int kSumsAt = kOutAt + 2 * kOutBytes;
-  static constexpr int kTableAt = kSumsAt + kSumBytes;
+  static constexpr int kXAt = kStages * kStageBytes;
+  static constexpr int kOutAt = kXAt + kXStages * kXBytes;
+  static constexpr int kTableAt = kOutAt + kGroups * kOutBytes;
   static constexpr int kBarriersAt = kTableAt + kTableBytes;
-  static constexpr int kBytes = kBarriersAt + 512 + 1024;  // and what aligning them takes
-  static_assert(kBytes <= 227 * 1024);
+  static constexpr int kBytes = kBarriersAt + kBarrierBytes + 1024;
+  // A split tile's sums lie where the ring was.
+  static_assert(kOutAt >= kTokens * kRows * 4);
 
   // Scales that a lane loads at once: of 256 k of one row.
   static constexpr int kScaleSize = kAffine ? 2 : 1;
@@ -112,22 +124,27 @@ __device__ __forceinline__ int turn_of(int row, int row_bytes) {
                            : 0;
 }
 
-// Where a ring is: how many slots were taken so far.
-template <int kStages>
+// Where a ring of `stages` is: the slot, and the parity of the round, which is what to wait
+// for until the slot is full; its opposite until it is empty.
+template <int stages>
 struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0);
-  uint32_t taken = 0;
-  __device__ __forceinline__ uint32_t slot() const { return taken % kStages; }
-  // Parity of the round: what to wait for until a slot is full; its opposite until it is empty.
-  __device__ __forceinline__ uint32_t parity() const { return taken / kStages % 2; }
+  uint32_t slot = 0, parity = 0;
+  __device__ __forceinline__ void advance(uint32_t by = 1) {
+    slot += by;
+    if (slot >= stages) slot -= stages, parity ^= 1;
+  }
+  __device__ __forceinline__ void step_back() {
+    if (slot == 0) slot = stages, parity ^= 1;
+    slot--;
+  }
 };
 
 template <class F, class T, int kTokens>
 struct MatmulBlock {
   using Shape = MatmulShape<F, T, kTokens>;
   using Decode = WeightPairs<F, T>;
-  using XRing = Ring<Shape::kXStages>;
-  using UnitRing = Ring<Shape::kUnitStages>;
+  using UnitRing = Ring<Shape::kStages>;
+  using XRing = Ring<Shape::kXStages ? Shape::kXStages : 1>;
 
   const MatmulArgs& a;
   uint32_t base;
@@ -139,38 +156,49 @@ struct MatmulBlock {
     first_unit = min(part * a.part, a.units), last_unit = min(first_unit + a.part, a.units);
   }
 
-  __device__ __forceinline__ uint32_t x_at(uint32_t slot) const {
-    return base + slot * Shape::kXBytes;
+  __device__ __forceinline__ uint32_t stage(uint32_t slot) const {
+    return base + slot * Shape::kStageBytes;
   }
-  __device__ __forceinline__ uint32_t unit_at(uint32_t slot) const {
-    return base + Shape::kUnitsAt + slot * Shape::kUnitBytes;
+  __device__ __forceinline__ uint32_t x_stage(uint32_t slot) const {
+    return base + Shape::kXAt + slot * Shape::kXBytes;
   }
-  __device__ __forceinline__ uint32_t x_full(uint32_t slot) const {
+  __device__ __forceinline__ uint32_t full(uint32_t slot) const {
     return base + Shape::kBarriersAt + 8 * slot;
   }
-  __device__ __forceinline__ uint32_t x_empty(uint32_t slot) const { return x_full(slot) + 64; }
-  __device__ __forceinline__ uint32_t unit_full(uint32_t slot) const {
-    return x_full(slot) + 128;
+  __device__ __forceinline__ uint32_t empty(uint32_t slot) const { return full(slot) + 64; }
+  // Of x apart.
+  __device__ __forceinline__ uint32_t x_full(uint32_t slot) const { return full(slot) + 128; }
+  __device__ __forceinline__ uint32_t x_empty(uint32_t slot) const { return full(slot) + 160; }
+  // Not zero: the warp of scales met some that the decoder cannot carry.
+  __device__ __forceinline__ uint32_t extreme_at(int warp) const {
+    return full(0) + 192 + 4 * warp;
   }
-  __device__ __forceinline__ uint32_t unit_empty(uint32_t slot) const {
-    return x_full(slot) + 192;
-  }
-  __device__ __forceinline__ uint32_t begun() const { return x_full(0) + 256; }
-  // Not zero: scales that the decoder cannot carry have come.
-  __device__ __forceinline__ uint32_t extreme_at() const { return x_full(0) + 264; }
 
   __device__ void init() const {
+    for (int i = 0; i < Shape::kStages; i++) {
+      init_barrier(full(i), 1 + 2 * kArrivals);
+      init_barrier(empty(i), 8 * kArrivals * (Shape::kApart ? 1 : a.share));
+    }
     for (int i = 0; i < Shape::kXStages; i++) {
       init_barrier(x_full(i), 1);
-      init_barrier(x_empty(i), 8 * a.share);
+      init_barrier(x_empty(i), 8 * kArrivals * a.share);
     }
-    for (int i = 0; i < Shape::kUnitStages; i++) {
-      init_barrier(unit_full(i), 3);
-      init_barrier(unit_empty(i), 8);
-    }
-    init_barrier(begun(), 1);
-    store_shared(extreme_at(), 0);
     publish_barriers();
+  }
+
+  // After this the block's barriers are there, and where blocks signal each other's, theirs.
+  // Whoever initialised them goes on at once if it can; nobody waits for the first scales.
+  enum Role { kInitialises, kIdles, kScales, kMultiplies };
+  __device__ __forceinline__ void start(Role role) const {
+    constexpr int kMost = 128 * Shape::kGroups + 32, kOthers = Shape::kApart ? 128 : 96;
+    if (a.share > 1)
+      cluster_sync_relaxed();
+    else if (role == kInitialises)
+      arrive_threads(0, kMost), arrive_threads(6, kOthers);
+    else if (role == kScales)
+      sync_threads(6, kOthers);
+    else if (role == kMultiplies)
+      sync_threads(0, kMost);
   }
 
   // Tiles in the order in which clusters take them: tokens first within a panel of `panel`
@@ -188,39 +216,39 @@ struct MatmulBlock {
     }
   }
 
-  __device__ void copy_x() const {
-    XRing ring;
-    const int tokens = kTokens / a.share;
-    const uint16_t blocks = uint16_t(((1 << a.share) - 1) << (part * a.share));
-    wait_phase(begun(), 0);
-    each_tile([&](int, int token0) {
-      for (int k = first_unit * 128; k < last_unit * 128; k += 64, ring.taken++) {
-        const uint32_t full = x_full(ring.slot());
-        const uint32_t to = x_at(ring.slot()) + share_rank * tokens * 128;
-        wait_phase(x_empty(ring.slot()), ring.parity() ^ 1);
-        arrive_expecting(full, Shape::kXBytes);
-        if (a.share == 1)
-          load_tile(to, a.x, k, token0, full);
-        else
-          load_tile(to, a.x, k, token0 + share_rank * tokens, full, blocks);
+  __device__ __forceinline__ void copy_x(uint32_t to, int k, int token0, uint32_t bar) const {
+    if (a.share == 1) return load_tile(to, a.x, k, token0, bar);
+    const int tokens = kTokens / a.share * share_rank;
+    load_tile(to + tokens * 128, a.x, k, token0 + tokens, bar,
+              uint16_t(((1 << a.share) - 1) << (part * a.share)));
+  }
+
+  // A lane: codes, and x where it is not apart.
+  __device__ void copy() const {
+    UnitRing ring;
+    each_tile([&](int row0, int token0) {
+      for (int u = first_unit; u < last_unit; u++, ring.advance()) {
+        const uint32_t bar = full(ring.slot), to = stage(ring.slot);
+        wait_phase(empty(ring.slot), ring.parity ^ 1);
+        arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * Shape::kXBytes));
+        load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row0, bar);
+        if constexpr (!Shape::kApart) {
+          copy_x(to, u * 128, token0, bar);
+          copy_x(to + Shape::kXBytes, u * 128 + 64, token0, bar);
+        }
       }
     });
   }
-
-  // The first two units go ahead of all of x, which would keep them waiting for longer than
-  // they take: everything that fits into the rings is asked for at once.
-  __device__ void copy_codes() const {
-    UnitRing ring;
-    each_tile([&](int row0, int) {
-      for (int u = first_unit; u < last_unit; u++, ring.taken++) {
-        const uint32_t full = unit_full(ring.slot());
-        wait_phase(unit_empty(ring.slot()), ring.parity() ^ 1);
-        arrive_expecting(full, Shape::kCodeBytes);
-        load_tile(unit_at(ring.slot()), a.codes, u * Shape::kRowBytes, row0, full);
-        if (ring.taken == 1) arrive(begun());
+  // A lane: x apart.
+  __device__ void copy_apart() const {
+    XRing ring;
+    each_tile([&](int, int token0) {
+      for (int k = first_unit * 128; k < last_unit * 128; k += 64, ring.advance()) {
+        wait_phase(x_empty(ring.slot), ring.parity ^ 1);
+        arrive_expecting(x_full(ring.slot), Shape::kXBytes);
+        copy_x(x_stage(ring.slot), k, token0, x_full(ring.slot));
       }
     });
-    if (ring.taken < 2) arrive(begun());
   }
 
   // Scales, or biases, of 256 k of a row, as stored. Zero where the row ends.
@@ -261,12 +289,15 @@ struct MatmulBlock {
   // One of two warps, 64 rows each: two rows a lane. The batch after this one is on its way.
   __device__ void copy_scales(int warp, int lane) const {
     UnitRing ring;
+    bool started = false;
+    if (lane == 0) store_shared(extreme_at(warp), 0);
+    __syncwarp();
     constexpr int kRowBytes = Shape::kEntryRow, kGroups = 128 / F::kGroup;  // of a unit
     const uint32_t table = base + Shape::kTableAt;
     if constexpr (!Shape::kAffine) {
       for (int i = warp * 32 + lane; i < 256; i += 64)
         store_shared(table + 4 * i, Decode::entry(uint32_t(i)));
-      sync_threads(4, 64);
+      sync_threads(9, 64);
     }
     each_tile([&](int row0, int) {
       // Rows beyond the matrix take the last row's: nothing of them is written.
@@ -287,6 +318,7 @@ struct MatmulBlock {
         }
       };
       if (first_unit < last_unit) load(first_unit);
+      if (!started) start(kScales), started = true;
       // Whole lines into the L2 cache, ahead of the loads to come.
       for (int at = first_unit * kUnit + 128; at < min(last_unit * kUnit, a.scale_row);
            at += 128)
@@ -301,7 +333,7 @@ struct MatmulBlock {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           if (u + h >= last_unit) break;
-          wait_phase(unit_empty(ring.slot()), ring.parity() ^ 1);
+          wait_phase(empty(ring.slot), ring.parity ^ 1);
           bool extreme = false;
 #pragma unroll
           for (int i = 0; i < 2; i++) {
@@ -310,7 +342,7 @@ struct MatmulBlock {
               extreme |=
                   Decode::extreme(Shape::kAffine ? now_s[i].half(group) : now_s[i].byte(group));
             const int row = warp * 64 + lane + 32 * i;
-            const uint32_t to = unit_at(ring.slot()) + Shape::kCodeBytes + row * kRowBytes +
+            const uint32_t to = stage(ring.slot) + Shape::kEntriesAt + row * kRowBytes +
                                 turn_of(row, kRowBytes) * 16;
 #pragma unroll
             for (int chunk = 0; chunk < kRowBytes / 16; chunk++) {
@@ -333,10 +365,10 @@ struct MatmulBlock {
               store_shared(to ^ chunk * 16, v);
             }
           }
-          if (extreme) store_shared(extreme_at(), 1);
+          if (extreme) store_shared(extreme_at(warp), 1);
           __syncwarp();
-          if (lane == 0) arrive(unit_full(ring.slot()));
-          ring.taken++;
+          if (lane < kArrivals) arrive(full(ring.slot));
+          ring.advance();
         }
       }
     });

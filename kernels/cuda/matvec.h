@@ -2,22 +2,23 @@
 // cores in the order in which they are stored (load.h): W's rows on the m side, tokens on n.
 //
 //   block       one per multiprocessor, or `split_k` of them (a cluster) with a part of K each
-//   for each    tile of 16 rows of W, of the block's run of tiles
-//     warp w    its slices of K, from a ring of its own in shared memory that it fills several
-//               slices ahead and across tiles: fragments from the codes, times x, and
+//   some warps  fill a ring in shared memory with the rows of W that the block multiplies, tile
+//               after tile of 16 rows, some thousand codes of each row at a time
+//   the others  take the ring's slices of K in turn: fragments from the codes, times x, and
 //               per group    y += scale * (codes x X) + (bias - offset * scale) * (sum of X)
-//     warps' sums of y through shared memory in fixed order; split_k: the cluster's as well
+//   warps' sums of y through shared memory in fixed order; split_k: the cluster's as well
 //
 // x waits in shared memory in fragment order, and affine groups' sums of x beside it.
 //
-// A ring for the whole block, filled by one warp through the copy engine, was twice as slow:
-// one warp cannot issue the copies of 16 rows fast enough (20 us for 4-bit 4096x14336 without
-// any arithmetic; H200, 2026-11-22).
+// Copies are the copy engine's, a row each, and as long as the ring allows: one warp issues
+// about one in 7 ns (with 256 bytes a copy it could not keep up: 20 us for 4-bit 4096x14336
+// without any arithmetic). Rings of each warp's own, filled by its own cp.async, tie the copies
+// to the arithmetic: 14.9 us where reading alone takes 9.6 (H200, 2026-11-22).
 #pragma once
 
 #include <cooperative_groups.h>
 
-#include "matvec_staging.h"
+#include "matvec_integer.h"
 
 namespace lowbit::cuda {
 
@@ -40,30 +41,35 @@ __device__ float one_weight(const MatvecArgs& a, int row, int k) {
   }
 }
 template <class F, class T, int TOK>
-struct MatvecBlock : MatvecStaging<F, T, TOK> {
+struct MatvecBlock : MatvecInteger<F, T, TOK> {
   using Base = MatvecStaging<F, T, TOK>;
+  using Integer = MatvecInteger<F, T, TOK>;
   using Base::a, Base::at, Base::shared, Base::base, Base::warp, Base::lane, Base::g, Base::c;
-  using Base::copy, Base::first_source, Base::load_x, Base::next_source, Base::next_turn;
   using Base::k0, Base::k1, Base::first_tile, Base::tiles, Base::tokens, Base::lane_at;
-  using Base::kSlice, Base::kRows, Base::ring, Base::after, Base::slices;
-  using Base::store_x;
-  using typename Base::Codes, typename Base::H, typename Base::Shape;
-  using typename Base::Source, typename Base::Turn, typename Base::Pieces;
+  using Base::kBatch, Base::kTogether, Base::kStride;
+  using Base::kSlice, Base::kRows, Base::kDown, Base::kBarrier;
+  using typename Base::Codes, typename Base::H, typename Base::Shape, typename Base::Place,
+      typename Base::Slice;
   static constexpr int kPlanes = Codes::kPlanes, NT = Shape::kColumnTiles;
   static constexpr int kSlots = Shape::kSlots;
-  // nvfp4: scale times code is exact in T when its power of two is moved down a little.
-  static constexpr int kDown = Codes::kLift - (H::kMantissaBits == 7 ? 110 : 7);
 
-  // Scale (or bias) of group i of a row of a slice.
-  __device__ __forceinline__ float scale(uint32_t row, int i) const {
-    if constexpr (Shape::kAffine) {
+  // Scales (or biases) of group i of a row, and of group i + 1 if `n` is 2; i is then even.
+  template <int n>
+  __device__ __forceinline__ void load_scales(uint32_t row, int i, float (&s)[n]) const {
+    if constexpr (Shape::kAffine && n == 2) {
+      const uint32_t v = load_shared(row + 2 * i);
+      s[0] = H::low(v), s[1] = H::high(v);
+    } else if constexpr (Shape::kAffine) {
       uint16_t v;
       asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(row + 2 * i));
-      return H::low(v);
+      s[0] = H::low(v);
     } else {
-      uint32_t v;
-      asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i));
-      return __uint_as_float(v == 0u ? 0x00400000u : v << 23);  // E8m0::decode
+#pragma unroll
+      for (int d = 0; d < n; d++) {
+        uint32_t v;
+        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i + d));
+        s[d] = __uint_as_float(v == 0u ? 0x00400000u : v << 23);  // E8m0::decode
+      }
     }
   }
   // nvfp4's scale of this lane's codes of a block, as a pair of elements.
@@ -73,25 +79,21 @@ struct MatvecBlock : MatvecStaging<F, T, TOK> {
     return load_shared(base + at.table + 4 * byte);
   }
 
-  // This warp's slice in the ring at `stage`, or its first groups, with x and its sums from
-  // `x` (this lane's token) and `x_sums` on.
+  // A slice, or its first groups.
   template <bool whole>
-  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t x, uint32_t x_sums,
-                                           int groups, float (&y)[NT][4]) const {
-    const uint32_t codes = stage + g * Shape::kCodeRow;
-    const uint32_t scales = stage + Shape::kCodeBytes + g * Shape::kScaleRow;
+  __device__ __forceinline__ void multiply(const Slice& slice, int groups,
+                                           float (&y)[NT][4]) const {
     constexpr int kBlocks = Shape::kSpan / 32;
     // Columns: token g % TOK, of the groups whose turn is slot g / TOK.
     const int my_slot = g / (TOK < 8 ? TOK : 8);
     const uint32_t zeros = base + at.zeros + 16 * c;
 #pragma unroll
     for (int first = 0; first < Shape::kInSlice; first += kSlots) {
-      float fresh[NT][kPlanes][4] = {};
-      float(&sum)[NT][kPlanes][4] = fresh;
+      float sum[NT][kPlanes][4] = {};
 #pragma unroll
       for (int slot = 0; slot < kSlots; slot++) {
         if (!whole && first + slot >= groups) break;
-        const uint32_t there = x + (first + slot) * kBlocks * TOK * 64;
+        const uint32_t there = slice.x + (first + slot) * kBlocks * TOK * 64;
         const uint32_t from = Shape::kFree == 1 || my_slot == slot ? there : zeros;
 #pragma unroll
         for (int i = 0; i < kBlocks; i++) {
@@ -99,12 +101,11 @@ struct MatvecBlock : MatvecStaging<F, T, TOK> {
           uint32_t pairs[2][kPlanes][4];
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            Codes::pairs(lane_at.load(codes + 8 * r * Shape::kCodeRow + block * 4 * F::kBits),
-                         pairs[r]);
+            Codes::pairs(lane_at.load(slice.codes[r] + block * 4 * F::kBits), pairs[r]);
             if constexpr (Codes::kLift != 0) {
               uint32_t factor;
               if constexpr (Shape::kFolded) {
-                factor = folded_scale(scales + 8 * r * Shape::kScaleRow, block);
+                factor = folded_scale(slice.scales[r], block);
               } else {
                 constexpr uint32_t one = H::power(Codes::kLift);
                 factor = one | one << 16;
@@ -131,42 +132,46 @@ struct MatvecBlock : MatvecStaging<F, T, TOK> {
           }
         }
       }
-      if constexpr (!Shape::kFolded) apply<whole>(sum, scales, x_sums, first, groups, y);
+      if constexpr (!Shape::kFolded) apply<whole>(sum, slice, first, groups, y);
     }
   }
 
   // y += scale * sum + (bias - offset * scale) * (sum of x), each column with its group's.
+  // (Columns beyond kSlots * TOK are left out when columns are summed.)
   template <bool whole>
-  __device__ __forceinline__ void apply(const float (&sum)[NT][kPlanes][4], uint32_t scales,
-                                        uint32_t x_sums, int first, int groups,
-                                        float (&y)[NT][4]) const {
+  __device__ __forceinline__ void apply(const float (&sum)[NT][kPlanes][4], const Slice& slice,
+                                        int first, int groups, float (&y)[NT][4]) const {
     constexpr int kDistinct = TOK == 1 ? 2 : 1;  // groups of this lane's two columns
+    const int group = first + 2 * c / TOK % kSlots;
+    float2 x_sum[NT] = {};
+    if constexpr (Shape::kAffine) {
 #pragma unroll
-    for (int d = 0; d < kDistinct; d++) {
-      const int group = first + (2 * c + d) / TOK % kSlots;
-      if (!whole && group >= groups) continue;
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const uint32_t row = scales + 8 * r * Shape::kScaleRow;
-        const float s = scale(row, group);
-        float offset = 0.0f;
-        if constexpr (Shape::kAffine)
-          offset = fmaf(-Codes::kOffset, s, scale(row + kRows * Shape::kScaleRow, group));
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-          for (int i = d; i < d + 3 - kDistinct; i++) {
-            float code = sum[nt][0][2 * r + i];
-            if constexpr (kPlanes == 2) code = fmaf(16.0f, sum[nt][1][2 * r + i], code);
-            float& into = y[nt][2 * r + i];
-            into = fmaf(s, code, into);
-            if constexpr (Shape::kAffine) {
-              const uint32_t at_sum = x_sums + (group * TOK + (2 * c + i) % TOK + nt * 8) * 4;
-              // (Columns beyond kSlots * TOK are left out when columns are summed.)
-              into = fmaf(offset, __uint_as_float(load_shared(at_sum)), into);
-            }
-          }
+      for (int nt = 0; nt < NT; nt++) {
+        const uint2 v = load_shared2(slice.x_sums + (first * TOK + nt * 8) * 4);
+        x_sum[nt] = {__uint_as_float(v.x), __uint_as_float(v.y)};
       }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float s[kDistinct], offset[kDistinct] = {};
+      load_scales(slice.scales[r], group, s);
+      if constexpr (Shape::kAffine) load_scales(slice.biases[r], group, offset);
+#pragma unroll
+      for (int d = 0; d < kDistinct; d++) {
+        if constexpr (Shape::kAffine) offset[d] = fmaf(-Codes::kOffset, s[d], offset[d]);
+        if (!whole && group + d >= groups) s[d] = offset[d] = 0.0f;
+      }
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float code = sum[nt][0][2 * r + i];
+          if constexpr (kPlanes == 2) code = fmaf(16.0f, sum[nt][1][2 * r + i], code);
+          float& into = y[nt][2 * r + i];
+          into = fmaf(s[i % kDistinct], code, into);
+          if constexpr (Shape::kAffine)
+            into = fmaf(offset[i % kDistinct], i ? x_sum[nt].y : x_sum[nt].x, into);
+        }
     }
   }
 
@@ -191,93 +196,142 @@ struct MatvecBlock : MatvecStaging<F, T, TOK> {
     }
   }
 
-  template <bool split>
-  __device__ void run() const {
-    // The first of x is asked for before the weights, which would keep it waiting.
-    uint4 in[NT][8];
-    const int mine = k0 + warp * 256 + lane * 8;
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) load_x(mine, 8 * nt, in[nt]);
-    const Pieces pieces(lane, a.row_bytes);
-    Source next = first_source();
-    Turn turn = next;
-    uint32_t stage = ring();
-#pragma unroll 1
-    for (int i = 0; i + 1 < Shape::kStages; i++) {
-      copy(next, pieces);
-      next_source(next);
-    }
+  // All of x, by the warps that multiply. Ends when it can be read; says whether it is small
+  // enough for codes to meet it before their scale.
+  __device__ __forceinline__ bool stage_x() const {
+    constexpr int NT = Shape::kTokenTiles;
     uint32_t largest = 0;
 #pragma unroll 1
-    for (int k = mine; k - lane * 8 < k0 + slices() * kSlice; k += 256 * Shape::kWarps)
+    for (int k = k0 + warp * kSlice + lane * 8; k - lane * 8 < k1; k += kBatch * kStride) {
+      uint4 in[NT][kBatch][kTogether];
 #pragma unroll
-      for (int nt = 0; nt < NT; nt++) {
-        if (k != mine) load_x(k, 8 * nt, in[nt]);
-        store_x(k, 8 * nt, in[nt], largest);
-      }
-    for (int i = warp * 32 + lane; i < Shape::kZeros / 4; i += Shape::kThreads)
+      for (int nt = 0; nt < NT; nt++) this->load_x(k, 8 * nt, in[nt]);
+#pragma unroll
+      for (int b = 0; b < kBatch; b++)
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+          if (k - lane * 8 + b * kStride < k1) {
+            if constexpr (Shape::kInteger)
+              Integer::store_x(k + b * kStride, 8 * nt, in[nt][b], largest);
+            else
+              Base::store_x(k + b * kStride, 8 * nt, in[nt][b], largest);
+          }
+    }
+    for (int i = warp * 32 + lane; i < Shape::kZeros / 4; i += Shape::kWorkers)
       reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
-    __syncthreads();
-    const uint32_t x = base + at.x + (g % (TOK < 8 ? TOK : 8) * 4 + c) * 16;
-    const uint32_t x_sums = base + at.x_sums;
-    auto* room = reinterpret_cast<float*>(shared + at.sums);
-    int waiting = 0;
+    if constexpr (Shape::kFolded) {
+      constexpr int kUp = Codes::kLift - kDown;
+      auto* table = reinterpret_cast<uint32_t*>(shared + at.table);
+      for (int i = warp * 32 + lane; i < 256; i += Shape::kWorkers) {
+        const uint32_t s =
+            H::bits(F::Scale::decode(uint32_t(i)) * __uint_as_float((kUp + 127) << 23));
+        table[i] = s | s << 16;
+      }
+    }
+    sync_some<Shape::kThreads>(Base::kBegun);
+    return all_of_some<Shape::kWorkers>(kBarrier, largest < __float_as_uint(0x1p100f));
+  }
+  // This lane's x for its first column of a slice that starts at k, and the sums of its group.
+  __device__ uint32_t x_at(int k) const {
+    return base + at.x + (k - k0) / 32 * TOK * 64 + (g % (TOK < 8 ? TOK : 8) * 4 + c) * 16;
+  }
+  __device__ uint32_t sums_at(int k) const {
+    return base + at.x_sums + ((k - k0) / Shape::kGroup * TOK + 2 * c % (kSlots * TOK)) * 4;
+  }
+  template <bool whole>
+  __device__ __forceinline__ void multiply_slice(const Slice& s, int groups,
+                                                 float (&y)[NT][4]) const {
+    if constexpr (Shape::kInteger)
+      Integer::template multiply<whole>(s, groups, y);
+    else
+      multiply<whole>(s, groups, y);
+  }
+
+  // This warp's sums of a tile, of all columns, to its place in a room.
+  __device__ __forceinline__ void store_sums(float (&y)[NT][4], float* room) const {
+    if constexpr (Shape::kInteger) {
+      Integer::add_limbs(y, c);
+    } else if constexpr (kSlots > 1) {
+      // The sum over a token's columns: of a lane, then of lanes of the quad.
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float low = 2 * c < kSlots * TOK ? y[0][2 * r] : 0.0f;
+        float high = 2 * c + 1 < kSlots * TOK ? y[0][2 * r + 1] : 0.0f;
+        if constexpr (TOK == 1) low += high;
+#pragma unroll
+        for (int other = TOK <= 2 ? 1 : TOK / 2; other < 4; other *= 2) {
+          low += __shfl_xor_sync(0xffffffffu, low, other);
+          high += __shfl_xor_sync(0xffffffffu, high, other);
+        }
+        y[0][2 * r] = low, y[0][2 * r + 1] = high;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * Shape::kTokenTiles; i++) {
+      const int token = i / 4 * 8 + 2 * c + i % 2;
+      if (token < TOK) room[token * Shape::kTokenSums + i % 4 / 2 * 8] = y[i / 4][i % 4];
+    }
+  }
+
+  // The work of the warps that multiply.
+  template <bool split>
+  __device__ __forceinline__ void run() const {
+    const bool plain = this->stage_x();
+    auto* const rooms = reinterpret_cast<float*>(shared + at.sums);
+    auto* room = rooms;
+    int waiting = 0, turn = warp;  // turn: this warp's next slice of the stage
+    Place place = this->first_place();
     for (int tile = 0; tile < tiles; tile++) {
       float y[NT][4] = {};
 #pragma unroll 1
-      while (turn.tile == tile) {
-        wait_for_copies<Shape::kStages - 2>();
-        __syncwarp();
-        copy(next, pieces);
-        next_source(next);
-        const int k = turn.slice * kSlice,
-                  spans = (k1 - k0 - k + Shape::kSpan - 1) / Shape::kSpan;
-        const uint32_t my_x = x + k / 32 * TOK * 64;
-        const uint32_t my_sums = x_sums + k / Shape::kGroup * TOK * 4;
-        if (spans >= Shape::kInSlice)
-          multiply<true>(stage, my_x, my_sums, 0, y);
-        else
-          multiply<false>(stage, my_x, my_sums, spans, y);
-        stage = after(stage);
-        next_turn(turn);
-      }
-      float* mine = room + waiting * Shape::kTileSums + warp * Shape::kWarpSums + g;
-      if constexpr (Shape::kSlots > 1) {
-        // The sum over this token's columns: of a lane, then of lanes of the quad.
+      for (int k = k0; k < k1; k += at.codes) {
+        const int slices = (min(at.codes, k1 - k) + kSlice - 1) / kSlice;
+        wait_phase(this->full(place), place.round & 1);
+#pragma unroll 1
+        for (; turn < slices; turn += Shape::kWarps) {
+          const int here = k + turn * kSlice;
+          const int spans = (k1 - here + Shape::kSpan - 1) / Shape::kSpan;
+          Slice s;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          float low = 2 * c < kSlots * TOK ? y[0][2 * r] : 0.0f;
-          float high = 2 * c + 1 < kSlots * TOK ? y[0][2 * r + 1] : 0.0f;
-          if constexpr (TOK == 1) low += high;
-#pragma unroll
-          for (int other = TOK <= 2 ? 1 : TOK / 2; other < 4; other *= 2) {
-            low += __shfl_xor_sync(0xffffffffu, low, other);
-            high += __shfl_xor_sync(0xffffffffu, high, other);
+          for (int r = 0; r < 2; r++) {
+            const int row = g + 8 * r;
+            s.codes[r] = place.stage + row * at.code_row + turn * Shape::kSliceCodes;
+            s.scales[r] = place.stage + kRows * at.code_row + row * at.scale_row +
+                          turn * Shape::kSliceScales;
+            s.biases[r] = s.scales[r] + kRows * at.scale_row;
           }
-          y[0][2 * r] = low, y[0][2 * r + 1] = high;
+          s.x = Shape::kInteger ? Integer::x_at(here) : x_at(here);
+          s.x_sums = Shape::kInteger ? Integer::sums_at(here) : sums_at(here);
+          if (spans >= Shape::kInSlice)
+            multiply_slice<true>(s, 0, y);
+          else
+            multiply_slice<false>(s, spans, y);
         }
+        turn -= slices;
+        __syncwarp();
+        if (lane < kArrivals) arrive(this->empty(place));
+        this->next_place(place);
       }
-#pragma unroll
-      for (int i = 0; i < 4 * NT; i++) {
-        const int token = i / 4 * 8 + 2 * c + i % 2;
-        if (token < TOK) mine[token * Shape::kTokenSums + i % 4 / 2 * 8] = y[i / 4][i % 4];
-      }
+      store_sums(y, room + waiting * Shape::kTileSums + warp * Shape::kWarpSums + g);
       if (++waiting < Shape::kFlush && tile + 1 < tiles) continue;
-      __syncthreads();
-      for (int i = warp * 32 + lane; i < waiting * kRows * tokens; i += Shape::kThreads) {
-        const int r = i % kRows, token = i / kRows % tokens, which = i / kRows / tokens;
+      sync_some<Shape::kWorkers>(kBarrier);
+      for (int i = warp * 32 + lane; i < waiting * kRows * TOK; i += Shape::kWorkers) {
+        const int r = i % kRows, token = i / kRows % TOK, which = i / kRows / TOK;
+        if (token >= tokens) continue;
         const float* from = room + which * Shape::kTileSums + token * Shape::kTokenSums + r;
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < Shape::kWarps; w++) sum += from[w * Shape::kWarpSums];
-        keep<split>(tile - waiting + 1 + which, r, token, sum);
+        if (plain) keep<split>(tile - waiting + 1 + which, r, token, sum);
       }
       // The other room is free: its sums were read before the barrier just passed.
-      auto* rooms = reinterpret_cast<float*>(shared + at.sums);
-      room = rooms + (room == rooms ? Shape::kFlush * Shape::kTileSums : 0);
+      if constexpr (Shape::kRooms == 1)
+        sync_some<Shape::kWorkers>(kBarrier);
+      else
+        room = rooms + (room == rooms ? Shape::kFlush * Shape::kTileSums : 0);
       waiting = 0;
     }
-    if (!__syncthreads_and(largest < __float_as_uint(0x1p100f))) {
+    if (!plain) {
       const MatvecBlock own = *this;  // whose address may escape: this one stays in registers
       own.template run_extreme<split>();
     }
@@ -307,28 +361,20 @@ __global__ void __launch_bounds__(MatvecShape<F, T, TOK>::kThreads, 1)
   using Shape = MatvecShape<F, T, TOK>;
   namespace cg = cooperative_groups;
   extern __shared__ __align__(128) char shared[];
-  const int parts = split ? (a.K + a.part - 1) / a.part : 1;
+  const int parts = split ? int(gridDim.x) / a.teams : 1;
   const int rank = split ? int(blockIdx.x) % parts : 0;
-  const int team = int(blockIdx.x) / parts, teams = int(gridDim.x) / parts;
-  const int all = (a.N + Shape::kRows - 1) / Shape::kRows;
-  const int first = int(int64_t(all) * team / teams);
-  const int tiles = int(int64_t(all) * (team + 1) / teams) - first;
+  const int team = int(blockIdx.x) / parts;
+  const int first = team * a.tiles + min(team, a.more_tiles);
+  const int tiles = a.tiles + (team < a.more_tiles);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int k0 = rank * a.part, k1 = k0 + a.part < a.K ? k0 + a.part : a.K;
   const MatvecBlock<F, T, TOK> block{{a, a.at, shared, shared_address(shared), warp, lane,
                                       lane / 4, lane % 4, k0, k1, first, tiles, a.M,
                                       LaneAt<F::kBits>(lane % 4)}};
-  if constexpr (Shape::kFolded) {
-    constexpr int kUp = LaneCodes<typename F::Code, T>::kLift - MatvecBlock<F, T, TOK>::kDown;
-    auto* table = reinterpret_cast<uint32_t*>(shared + block.at.table);
-    for (int i = threadIdx.x; i < 256; i += Shape::kThreads) {
-      const uint32_t s =
-          Half<T>::bits(F::Scale::decode(uint32_t(i)) * __uint_as_float((kUp + 127) << 23));
-      table[i] = s | s << 16;
-    }
-    __syncthreads();
-  }
-  block.template run<split>();
+  if (warp >= Shape::kWarps)
+    block.fill_ring();
+  else
+    block.template run<split>();
 #if __CUDA_ARCH__ >= 900
   if constexpr (split) {
     auto cluster = cg::this_cluster();

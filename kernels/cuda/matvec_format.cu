@@ -1,5 +1,7 @@
 // The matvec kernels of one format: compiled once for each row of formats.def, with its name in
 // LOWBIT_FORMAT.
+#include <algorithm>
+
 #include "clusters.h"
 #include "formats.h"
 #include "matvec.h"
@@ -25,17 +27,21 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.N = int(p.N), a.K = int(p.K), a.M = int(p.M);
   a.x_aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   const int64_t scale_row = p.K / Shape::kGroup * Shape::kScaleSize;
-  a.aligned = aligned(p.w.codes, p.w.row_bytes, 16) &&
-              aligned(p.w.scales, scale_row, Shape::kScaleRow) &&
-              aligned(p.w.biases, scale_row, Shape::kScaleRow);
-  a.part = int(MatvecSizes::part(p.K, plan.split_k));
+  const auto piece = [](const void* p, int64_t row) {
+    return aligned(p, row, 16) ? 16 : aligned(p, row, 4) ? 4 : 1;
+  };
+  a.codes_piece = piece(p.w.codes, p.w.row_bytes);
+  a.scales_piece = std::min(piece(p.w.scales, scale_row), piece(p.w.biases, scale_row));
+  const MatvecSizes& sizes = Shape::kSizes;
+  const Device& device = queue.device();
+  a.part = int(sizes.part(p.K, plan.split_k));
   const int parts = (a.K + a.part - 1) / a.part;
   const int all = int((p.N + Shape::kRows - 1) / Shape::kRows);
-  const int at_once =
-      most_clusters(matvec_kernel<F, T, TOK, split>, Shape::kThreads,
-                    queue.device().shared_bytes, parts, queue.device().processors);
-  const int teams = at_once < all ? at_once : all;
-  a.at = Shape::kSizes.layout(a.part, split ? (all + teams - 1) / teams : 0);
+  const int at_once = most_clusters(matvec_kernel<F, T, TOK, split>, Shape::kThreads,
+                                    device.shared_bytes, parts, device.processors);
+  const int teams = a.teams = at_once < all ? at_once : all;
+  a.tiles = all / teams, a.more_tiles = all % teams;
+  a.at = sizes.layout(a.part, split ? (all + teams - 1) / teams : 0, device.shared_bytes);
   queue.run(matvec_kernel<F, T, TOK, split>, dim3(teams * parts), dim3(Shape::kThreads),
             size_t(a.at.bytes), parts, a);
 }

@@ -12,52 +12,86 @@ struct MatvecSizes {
   int tokens;  // 1, 4, 8 or 16: rows of x, padded
 
   constexpr bool folded() const { return group < 32; }
-  // 16 warps where registers and rings allow: with 8 of them, 4-bit 4096x14336 takes 14.9 us at
-  // M = 1 instead of 14.1. Slices of 512, or a deeper ring, were no faster: 14.9 to 16 (H200,
-  // 2026-11-22).
-  constexpr int warps() const { return bits > 4 || tokens > 8 ? 8 : 16; }
-  static constexpr int kSlice = 256, kRows = 16, kStages = 3;
+  // Whether codes meet x as integers (matvec_integer.h). 4096x14336, H200, 2026-11-22, integers
+  // against floats in one run: 4-bit M = 1 13.3 / 13.8, M = 4 14.1 / 13.9; 3-bit 14.4 / 14.6
+  // and 17.2 / 15.1; 8-bit 19.3 / 21.1, 19.5 / 20.7, M = 8 23.9 / 21.8 us.
+  constexpr bool integer() const {
+    return affine && (tokens == 1 || (bits == 8 && tokens == 4));
+  }
+  // Warps that multiply, and those that copy: the copy engine takes a row at a time, and one
+  // thread alone asks for about one in 40 ns (4-bit 4096x14336, M = 1: 19.9 us with one, 13.8
+  // with 4, 14.3 with 8; H200, 2026-11-22).
+  constexpr int warps() const { return tokens > 8 ? 8 : 16; }
+  static constexpr int kCopyWarps = 4;
+  static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
+  // Slices in a stage: long rows make few copies (8 slices: 15.9 us where 16 take 13.9), and
+  // less than 3 stages keep too little under way.
+  static constexpr int kInStage = 16, kFewStages = 3;
   constexpr int scale_size() const { return affine ? 2 : 1; }
-  constexpr int scale_row() const { return kSlice / group * scale_size(); }  // bytes: 4 to 16
-  // Eight rows of a fragment fall into different banks: strides are odd multiples of what one
-  // lane quad reads.
-  constexpr int code_row() const { return kSlice * bits / 8 + (bits == 8 ? 32 : 16); }
-  constexpr int stage() const { return kRows * (code_row() + (affine ? 2 : 1) * scale_row()); }
-  constexpr int ring() const { return kStages * stage(); }
+  constexpr int slice_scales() const { return kSlice / group * scale_size(); }  // bytes: 4..16
+  // Slices whose scales are whole pieces of 16 bytes.
+  constexpr int unit() const { return slice_scales() < 16 ? 16 / slice_scales() : 1; }
+  // Bytes from row to row in a stage of `codes` a row: 8 rows of a fragment fall into different
+  // banks when these are odd multiples of what one lane quad reads.
+  constexpr int code_row(int codes) const { return codes * bits / 8 + (bits == 8 ? 32 : 16); }
+  constexpr int scale_row(int codes) const {
+    return (codes / group * scale_size() + 15) / 16 / 2 * 32 + 16;
+  }
+  constexpr int stage(int codes) const {
+    return kRows * (code_row(codes) + (affine ? 2 : 1) * scale_row(codes));
+  }
   // Groups that meet the tensor cores at once, and zeros for the columns of the others.
   constexpr int span() const { return folded() ? 32 : group; }
-  constexpr int zeros() const { return tokens >= 8 ? 0 : span() / 32 * tokens * 64; }
-  // Tiles whose sums wait for the block's other warps: these then drift apart, and one's
-  // arithmetic covers another's copies. A barrier for each tile: 16.0 us where this took 14.7
-  // (4-bit 4096x14336, M = 1; H200, 2026-11-22).
-  constexpr int flush() const {
-    return tokens == 1 ? 8 : tokens == 4 ? 4 : tokens == 8 ? 2 : 1;
+  constexpr int zeros() const {
+    return integer()     ? (tokens == 1 ? span() / 32 * 96 : 0)
+           : tokens >= 8 ? 0
+                         : span() / 32 * tokens * 64;
   }
+  // Tiles whose sums wait for the block's other warps: these then drift apart, and one's
+  // arithmetic covers another's waits. A barrier for each tile: 16.0 us where this took 14.7
+  // (4-bit 4096x14336, M = 1; H200, 2026-11-22).
+  constexpr int flush() const { return tokens == 1 ? 8 : tokens == 4 ? 2 : 1; }
+  constexpr int rooms() const { return tokens == 16 ? 1 : 2; }
   static constexpr int kTokenSums = 20;  // floats for 16 rows; lane quads in different banks
   constexpr int warp_sums() const { return tokens * kTokenSums; }
   constexpr int tile_sums() const { return warps() * warp_sums(); }
 
-  // Shared memory: rings | x | a group of zeros | group sums of x | warps' sums of y, two rooms
-  // | scale table | parts of y of the block's tiles (split_k)
+  // Shared memory: barriers of the ring | x | a group of zeros | group sums of x | warps' sums
+  // of y | scale table | parts of y of the block's tiles (split_k) | ring of `stages` of
+  // `codes` a row
   struct Layout {
-    int x, zeros, x_sums, sums, table, parts, bytes;
+    int x, zeros, x_sums, sums, table, parts, ring, bytes;
+    int codes, stages, code_row, scale_row, stage;
   };
-  constexpr Layout layout(int64_t part, int tiles) const {
+  static constexpr int kMostStages = 16;
+  // stages < 2: it does not fit.
+  constexpr Layout layout(int64_t part, int tiles, int shared_bytes) const {
     const int padded = int((part + kSlice - 1) / kSlice * kSlice);
     Layout at{};
-    at.x = warps() * ring();
-    at.zeros = at.x + padded * tokens * 2;
+    at.x = kMostStages * 16;
+    at.zeros = at.x + padded * tokens * (integer() ? 3 : 2);
     at.x_sums = at.zeros + zeros();
-    at.sums = at.x_sums + (affine ? padded / group * tokens * 4 : 0);
-    at.table = at.sums + 2 * flush() * tile_sums() * 4;
+    at.sums = at.x_sums + (affine ? padded / group * tokens * (integer() ? 8 : 4) : 0);
+    at.table = at.sums + rooms() * flush() * tile_sums() * 4;
     at.parts = at.table + (folded() ? 1024 : 0);
-    at.bytes = at.parts + tiles * kRows * tokens * 4;
+    at.ring = (at.parts + tiles * kRows * tokens * 4 + 127) / 128 * 128;
+    const int units = (padded / kSlice + unit() - 1) / unit();
+    int in_stage = kInStage / unit() < units ? kInStage / unit() : units;
+    for (;; in_stage = (in_stage + 1) / 2) {
+      at.codes = in_stage * unit() * kSlice;
+      at.code_row = code_row(at.codes), at.scale_row = scale_row(at.codes);
+      at.stage = stage(at.codes);
+      at.stages = (shared_bytes - at.ring) / at.stage;
+      if (at.stages >= kFewStages || in_stage == 1) break;
+    }
+    if (at.stages > kMostStages) at.stages = kMostStages;
+    at.bytes = at.ring + at.stages * at.stage;
     return at;
   }
-  // K of each of `split` parts: whole slices.
-  static constexpr int64_t part(int64_t K, int split) {
-    const int64_t slices = (K + kSlice - 1) / kSlice;
-    return split == 1 ? K : (slices + split - 1) / split * kSlice;
+  // K of each of `split` parts: whole units of slices.
+  constexpr int64_t part(int64_t K, int split) const {
+    const int64_t size = kSlice * unit(), units = (K + size - 1) / size;
+    return split == 1 ? K : (units + split - 1) / split * size;
   }
 };
 
@@ -71,20 +105,30 @@ constexpr MatvecSizes matvec_sizes(const Problem& p) {
   return {f.bits, f.group_size, f.affine(), matvec_tokens(p.M)};
 }
 
-// Blocks of a cluster that x asks for: as few as let each hold its part. 0: it fits none.
-constexpr int matvec_split(const Problem& p, const Device& device) {
+// The plan; kernel simt when it fits no device like this. Blocks of a cluster, split_k, are as
+// few as let each hold its part of x beside a ring of rows that are worth a copy each: with
+// less than 4 slices in a stage, 8-bit 14336x4096 takes 37.6 us at M = 4, with two blocks 22.8
+// (H200, 2026-11-22).
+constexpr Plan matvec_plan(const Problem& p, const Device& device) {
   const MatvecSizes sizes = matvec_sizes(p);
+  Plan fits{Plan::Kernel::simt, 0, 0, 0, 0};
   for (int split = 1; split <= 8; split *= 2) {
     if (split > 1 && device.capability < 90) break;
     // A cluster stays within one GPC, so not all multiprocessors are of use.
     const int64_t teams = device.processors / split * (split > 1 ? 7 : 8) / 8;
     const int64_t all = (p.N + sizes.kRows - 1) / sizes.kRows;
     const int64_t tiles = split > 1 && teams > 0 ? (all + teams - 1) / teams : 0;
-    if (p.K < (int64_t(1) << 30) && tiles < 4096 &&
-        sizes.layout(MatvecSizes::part(p.K, split), int(tiles)).bytes <= device.shared_bytes)
-      return split;
+    if (p.K >= (int64_t(1) << 24) || tiles >= 4096) continue;
+    const int64_t part = sizes.part(p.K, split);
+    const auto at = sizes.layout(part, int(tiles), device.shared_bytes);
+    if (at.stages < 2) continue;
+    const bool good = at.stages >= MatvecSizes::kFewStages &&
+                      (at.codes >= 4 * MatvecSizes::kSlice || at.codes >= part);
+    if (good || fits.kernel != Plan::Kernel::matvec)
+      fits = {Plan::Kernel::matvec, sizes.tokens, MatvecSizes::kRows, at.stages, split};
+    if (good) break;
   }
-  return 0;
+  return fits;
 }
 
 // Two-byte floats, and whole blocks of 32 codes.
@@ -93,7 +137,7 @@ constexpr bool matvec_supports(const Problem& p, const Device& device) {
   if (p.dtype == Dtype::f32 || p.K % 32 != 0 || p.K < 32 || matvec_tokens(p.M) == 0)
     return false;
   if (p.N > 0x7fffffff - 16) return false;
-  return matvec_split(p, device) > 0;
+  return matvec_plan(p, device).kernel == Plan::Kernel::matvec;
 }
 
 }  // namespace lowbit::cuda

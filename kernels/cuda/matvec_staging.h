@@ -1,5 +1,5 @@
-// How matvec's operands reach shared memory: each warp's ring of slices of W, and x in the
-// order of the fragments.
+// How matvec's operands reach shared memory: a ring of rows of W, which one warp fills, and x
+// in the order of the fragments.
 #pragma once
 
 #include "kernels.h"
@@ -21,29 +21,40 @@ struct MatvecArgs {
   int64_t row_bytes;       // of codes
   MatvecSizes::Layout at;  // in shared memory
   int N, K, M;
-  int part;          // of K, for each block of a cluster
-  bool bias_is_f32;  // else of x's type
-  bool aligned;      // rows of codes to 16 bytes, of scales to a slice's
-  bool x_aligned;    // to 16 bytes
+  int part;                       // of K, for each block of a cluster
+  int teams, tiles, more_tiles;   // clusters; tiles of each, the first `more_tiles` one more
+  int codes_piece, scales_piece;  // bytes that rows are multiples of and aligned to: 16, 4, 1
+  bool bias_is_f32;               // else of x's type
+  bool x_aligned;                 // to 16 bytes
 };
 
 // MatvecSizes as constants.
 template <class F, class T, int TOK>
 struct MatvecShape {
   static constexpr MatvecSizes kSizes{F::kBits, F::kGroup, F::kHasBias, TOK};
-  static constexpr int kColumnTiles = TOK > 8 ? TOK / 8 : 1;
-  static constexpr int kWarps = kSizes.warps(), kThreads = 32 * kWarps;
-  static constexpr int kSlice = kSizes.kSlice, kRows = kSizes.kRows, kStages = kSizes.kStages;
+  static constexpr bool kInteger = kSizes.integer();
+  static constexpr int kTokenTiles = TOK > 8 ? TOK / 8 : 1;
+  static constexpr int kColumnTiles = !kInteger  ? kTokenTiles
+                                      : TOK == 1 ? 1
+                                                 : (3 * TOK + 7) / 8;
+  static constexpr int kWarps = kSizes.warps(), kWorkers = 32 * kWarps;
+  static constexpr int kCopyWarps = kSizes.kCopyWarps;
+  static constexpr int kThreads = kWorkers + 32 * kCopyWarps;
+  static constexpr int kSlice = kSizes.kSlice, kRows = kSizes.kRows;
+  static constexpr int kSliceCodes = kSlice * F::kBits / 8,
+                       kSliceScales = kSizes.slice_scales();
   static constexpr int kGroup = F::kGroup, kSpan = kSizes.span();
   static constexpr bool kAffine = F::kHasBias, kFolded = kSizes.folded();
-  static constexpr int kScaleSize = kSizes.scale_size(), kScaleRow = kSizes.scale_row();
-  static constexpr int kCodeRow = kSizes.code_row(), kCodeBytes = kRows * kCodeRow;
-  static constexpr int kStage = kSizes.stage(), kRing = kSizes.ring();
+  static constexpr int kScaleSize = kSizes.scale_size();
   // Fewer than 8 tokens leave columns of the accumulators free: groups take turns in them, and
   // scales are applied once for `kSlots` groups.
   static constexpr int kFree = TOK >= 8 ? 1 : 8 / TOK, kInSlice = kSlice / kSpan;
-  static constexpr int kSlots = kFolded ? 1 : kFree < kInSlice ? kFree : kInSlice;
+  static constexpr int kSlots = kInteger           ? (TOK == 1 ? 2 : 1)
+                                : kFolded          ? 1
+                                : kFree < kInSlice ? kFree
+                                                   : kInSlice;
   static constexpr int kFlush = kSizes.flush(), kTokenSums = kSizes.kTokenSums;
+  static constexpr int kRooms = kSizes.rooms();
   static constexpr int kWarpSums = kSizes.warp_sums(), kTileSums = kSizes.tile_sums();
   static constexpr int kZeros = kSizes.zeros();
 };
@@ -54,6 +65,8 @@ struct MatvecStaging {
   using Codes = LaneCodes<typename F::Code, T>;
   using H = Half<T>;
   static constexpr int kSlice = Shape::kSlice, kRows = Shape::kRows;
+  // Barriers: of the warps that multiply, of those that copy, and of all when both have begun.
+  static constexpr int kBarrier = 1, kCopyBarrier = 2, kBegun = 3;
 
   const MatvecArgs& a;
   const MatvecSizes::Layout& at;
@@ -65,133 +78,190 @@ struct MatvecStaging {
   const int tokens;
   const LaneAt<F::kBits> lane_at;
 
-  __device__ uint32_t ring() const { return base + warp * Shape::kRing; }
-  __device__ uint32_t after(uint32_t stage) const {
-    stage += Shape::kStage;
-    return stage == ring() + Shape::kRing ? ring() : stage;
-  }
-
-  // Slices of all tiles are dealt to the warps in turn: a tile's slice, and the next warp's
-  // turn.
-  struct Turn {
-    int tile, slice;
+  // Where a slice lies in shared memory, for this lane: of rows g and g + 8.
+  struct Slice {
+    uint32_t codes[2], scales[2], biases[2];
+    uint32_t x, x_sums;  // x of this lane's first column, and what is known of its group
   };
-  __device__ int slices() const { return (k1 - k0 + kSlice - 1) / kSlice; }
-  __device__ __forceinline__ void next_turn(Turn& turn) const {
-    for (turn.slice += Shape::kWarps; turn.slice >= slices(); turn.tile++)
-      turn.slice -= slices();
-  }
-  __device__ Turn first_turn() const {
-    Turn turn{0, warp - Shape::kWarps};
-    next_turn(turn);
-    return turn;
-  }
-
-  // The turn whose copies start next, and where they come from and go.
-  struct Source : Turn {
-    const uint8_t* codes;   // of the tile's first row
-    const uint8_t* scales;  // of this lane's row; biases for lanes from 16 on
-    uint32_t to;
+  // A place in the ring, and how often the ring was gone through.
+  struct Place {
+    uint32_t stage, index, round;
   };
-  static constexpr int kSliceBytes = kSlice * F::kBits / 8;
-  __device__ int64_t scale_row() const {
-    return int64_t(a.K / Shape::kGroup) * Shape::kScaleSize;
+  __device__ Place first_place() const { return {base + at.ring, 0, 0}; }
+  __device__ __forceinline__ void next_place(Place& p) const {
+    p.stage += at.stage;
+    if (++p.index == uint32_t(at.stages)) p = {base + at.ring, 0, p.round + 1};
   }
-  __device__ Source first_source() const {
-    Source s;
-    static_cast<Turn&>(s) = first_turn();
-    const int64_t n0 = int64_t(first_tile + s.tile) * kRows, k = k0 + s.slice * kSlice;
-    s.codes = a.codes + n0 * a.row_bytes + k * F::kBits / 8;
-    s.scales = (Shape::kAffine && lane >= kRows ? a.biases : a.scales) +
-               (n0 + lane % kRows) * scale_row() + k / Shape::kGroup * Shape::kScaleSize;
-    s.to = ring();
-    return s;
-  }
-  __device__ __forceinline__ void next_source(Source& s) const {
-    s.codes += Shape::kWarps * kSliceBytes, s.scales += Shape::kWarps * Shape::kScaleRow;
-    for (s.slice += Shape::kWarps; s.slice >= slices(); s.tile++) {
-      s.slice -= slices();
-      s.codes += kRows * a.row_bytes - slices() * kSliceBytes;
-      s.scales += kRows * scale_row() - slices() * Shape::kScaleRow;
-    }
-    s.to = after(s.to);
-  }
+  __device__ uint32_t full(const Place& p) const { return base + 16 * p.index; }
+  __device__ uint32_t empty(const Place& p) const { return base + 16 * p.index + 8; }
 
-  // This lane's pieces of 16 bytes of a slice's codes.
-  static constexpr int kPieces = kSlice * F::kBits / 8 / 16;  // of a row
-  static constexpr int kLanePieces = kPieces * kRows / 32;
-  struct Pieces {
-    uint32_t from[kLanePieces], to[kLanePieces];
-    __device__ Pieces(int lane, int64_t row_bytes) {
-#pragma unroll
-      for (int i = 0; i < kLanePieces; i++) {
-        const int r = (lane + 32 * i) / kPieces, byte = (lane + 32 * i) % kPieces * 16;
-        from[i] = uint32_t(r * row_bytes + byte), to[i] = r * Shape::kCodeRow + byte;
+  // The work of the warps that copy: all stages in order, each when the others have left it.
+  __device__ void fill_ring() const {
+#if __CUDA_ARCH__ >= 900
+    const bool bulk = a.codes_piece == 16 && a.scales_piece == 16;
+#elif __CUDA_ARCH__ >= 800
+    const bool bulk = false;
+#endif
+#if __CUDA_ARCH__ >= 800
+    const int mine = __shfl_sync(0xffffffffu, warp - Shape::kWarps, 0);
+    if (mine == 0) {
+      if (lane < at.stages) {
+        init_barrier(base + 16 * lane, (bulk ? 1 : 32) * Shape::kCopyWarps);
+        init_barrier(base + 16 * lane + 8, Shape::kWarps * kArrivals);
       }
+#if __CUDA_ARCH__ >= 900
+      fence_barriers();
+#endif
     }
-  };
+    sync_some<32 * Shape::kCopyWarps>(kCopyBarrier);
+    arrive_some<Shape::kThreads>(kBegun);
+#if __CUDA_ARCH__ >= 900
+    if (bulk) {
+      if (elect_one()) fill_in_bulk(mine);
+      return;
+    }
+#endif
+    fill_in_pieces(mine);
+#endif
+  }
 
-  // Starts the copies of a slice into the ring.
-  __device__ __forceinline__ void copy(const Source& s, const Pieces& pieces) const {
-    if (s.tile < tiles) {
-      const int rows = a.N - (first_tile + s.tile) * kRows, left = k1 - k0 - s.slice * kSlice;
-      if (a.aligned && rows >= kRows && left >= kSlice) {
+#if __CUDA_ARCH__ >= 900
+  // By the copy engine: a row of codes, of scales or of biases at a time. One thread of each
+  // warp that copies has kMine rows of each tile.
+  __device__ __forceinline__ void fill_in_bulk(int mine) const {
+    constexpr int kMine = kRows / Shape::kCopyWarps;
+    const int first = mine * kMine, row_scales = a.K / Shape::kGroup * Shape::kScaleSize;
+    const int64_t n0 = int64_t(first_tile) * kRows + first;
+    const uint8_t* codes = a.codes + n0 * a.row_bytes + int64_t(k0 / 32) * (4 * F::kBits);
+    int64_t scales = n0 * row_scales + k0 / Shape::kGroup * Shape::kScaleSize;
+    const int some_codes = at.codes / 32 * (4 * F::kBits);
+    const int some_scales = at.codes / Shape::kGroup * Shape::kScaleSize;
+    const uint32_t to_codes = first * at.code_row;
+    const uint32_t to_scales = kRows * at.code_row + first * at.scale_row;
+    const uint32_t to_biases = to_scales + kRows * at.scale_row;
+    const int64_t next_codes = kRows * a.row_bytes, next_scales = int64_t(kRows) * row_scales;
+    int left = a.N - first_tile * kRows - first;  // rows
+    Place place = first_place();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+      const int rows = max(0, min(kMine, left));
+      const uint8_t* from_codes = codes;
+      int64_t from_scales = scales;
+#pragma unroll 1
+      for (int k = k0; k < k1; k += at.codes) {
+        const bool whole = k1 - k >= at.codes;
+        const int bytes = whole ? some_codes : (k1 - k) / 32 * (4 * F::kBits);
+        const int scale_bytes =
+            whole ? some_scales : (k1 - k) / Shape::kGroup * Shape::kScaleSize;
+        const uint32_t bar = full(place);
+        if (place.round > 0) wait_phase(empty(place), (place.round - 1) & 1);
+        arrive_expecting(bar, rows * (bytes + (Shape::kAffine ? 2 : 1) * scale_bytes));
 #pragma unroll
-        for (int i = 0; i < kLanePieces; i++)
-          copy_async<16>(s.to + pieces.to[i], s.codes + pieces.from[i]);
-        if (Shape::kAffine || lane < kRows)
-          copy_async<Shape::kScaleRow>(s.to + Shape::kCodeBytes + lane * Shape::kScaleRow,
-                                       s.scales);
-      } else {
-        copy_rest(s, min(kSlice, left), rows);
+        for (int i = 0; i < kMine; i++)
+          if (i < rows)
+            copy_bulk(place.stage + to_codes + i * at.code_row, from_codes + i * a.row_bytes,
+                      bytes, bar);
+#pragma unroll
+        for (int i = 0; i < kMine; i++)
+          if (i < rows) {
+            const int64_t from = from_scales + i * row_scales;
+            const uint32_t to = place.stage + i * at.scale_row;
+            copy_bulk(to + to_scales, a.scales + from, scale_bytes, bar);
+            if (Shape::kAffine) copy_bulk(to + to_biases, a.biases + from, scale_bytes, bar);
+          }
+        from_codes += some_codes, from_scales += some_scales;
+        next_place(place);
       }
+      codes += next_codes, scales += next_scales, left -= kRows;
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  // The same for the ends of N and K and for rows that are not aligned.
-  __device__ __forceinline__ void copy_rest(const Source& s, int count, int rows) const {
-    const int words = count * F::kBits / 32;
-#pragma unroll 1
-    for (int r = 0; r < kRows && r < rows; r++)
-      for (int i = lane; i < words; i += 32)
-        copy_async<4>(s.to + r * Shape::kCodeRow + 4 * i, s.codes + r * a.row_bytes + 4 * i);
-    if (lane % kRows >= rows || (!Shape::kAffine && lane >= kRows)) return;
-    const int bytes = count / Shape::kGroup * Shape::kScaleSize;
-    char* to = shared + (s.to - base) + Shape::kCodeBytes + lane * Shape::kScaleRow;
-#pragma unroll 1
-    for (int i = 0; i < bytes; i++) to[i] = char(s.scales[i]);
-  }
+#endif
 
-  // Eight tokens of this lane's 8 elements of x from k on, zero outside.
-  __device__ __forceinline__ void load_x(int k, int token, uint4 (&v)[8]) const {
-#pragma unroll
-    for (int t = 0; t < 8; t++) v[t] = make_uint4(0, 0, 0, 0);
-    if (k >= k1) return;
-    const T* from = static_cast<const T*>(a.x) + int64_t(token) * a.K + k;
-    if (a.x_aligned) {
-#pragma unroll
-      for (int t = 0; t < 8; t++)
-        if (token + t < tokens)
-          v[t] = __ldg(reinterpret_cast<const uint4*>(from + t * int64_t(a.K)));
-    } else {
-#pragma unroll
-      for (int t = 0; t < 8; t++)
-        if (token + t < tokens) {
-          const auto* h = reinterpret_cast<const uint16_t*>(from + t * int64_t(a.K));
-          v[t] = make_uint4(h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16,
-                            h[6] | h[7] << 16);
+#if __CUDA_ARCH__ >= 800
+  // The same by all threads, in pieces as large as addresses allow: devices before Hopper, and
+  // rows that are no multiples of 16 bytes.
+  __device__ __forceinline__ void fill_in_pieces(int mine) const {
+    const int64_t row_scales = int64_t(a.K / Shape::kGroup) * Shape::kScaleSize;
+    Place place = first_place();
+#pragma unroll 1
+    for (int tile = first_tile; tile < first_tile + tiles; tile++)
+#pragma unroll 1
+      for (int k = k0; k < k1; k += at.codes) {
+        const int64_t n0 = int64_t(tile) * kRows;
+        const int rows = min(kRows, a.N - int(n0)), count = min(at.codes, k1 - k);
+        const int64_t from = n0 * row_scales + k / Shape::kGroup * Shape::kScaleSize;
+        const uint32_t to_scales = place.stage + kRows * at.code_row, bar = full(place);
+        if (place.round > 0) wait_phase(empty(place), (place.round - 1) & 1);
+        copy_pieces(mine, place.stage, at.code_row,
+                    a.codes + n0 * a.row_bytes + int64_t(k / 32) * (4 * F::kBits), a.row_bytes,
+                    rows, count / 32 * (4 * F::kBits), a.codes_piece);
+#pragma unroll 1
+        for (int i = 0; i < (Shape::kAffine ? 2 : 1); i++)
+          copy_pieces(mine, to_scales + i * kRows * at.scale_row, at.scale_row,
+                      (i ? a.biases : a.scales) + from, row_scales, rows,
+                      count / Shape::kGroup * Shape::kScaleSize, a.scales_piece);
+        if (a.codes_piece == 1 ||
+            a.scales_piece == 1) {  // stored, not copied: arrives for these as well
+          asm volatile("cp.async.wait_all;" ::: "memory");
+          arrive(bar);
+        } else {
+          arrive_after_copies(bar);
         }
-    }
+        next_place(place);
+      }
   }
-  // Puts them into fragment order, [block of 32][token][lane of the quad][8], and sums groups.
-  __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[8],
+  // `bytes` of each of some rows.
+  __device__ __forceinline__ void copy_pieces(int mine, uint32_t to, int to_row,
+                                              const uint8_t* from, int64_t from_row, int rows,
+                                              int bytes, int piece) const {
+#pragma unroll 1
+    for (int r = mine; r < rows; r += Shape::kCopyWarps)
+#pragma unroll 1
+      for (int i = lane * piece; i < bytes; i += 32 * piece) {
+        const uint32_t there = to + r * to_row + i;
+        const uint8_t* here = from + r * from_row + i;
+        if (piece == 16)
+          copy_async<16>(there, here);
+        else if (piece == 4)
+          copy_async<4>(there, here);
+        else
+          shared[there - base] = char(*here);
+      }
+  }
+#endif
+
+  // x in pieces of 8 elements a lane: kTogether tokens from `token` on, of kBatch slices.
+  static constexpr int kTogether = TOK < 8 ? TOK : 8, kBatch = 8 / kTogether;
+  static constexpr int kStride = kSlice * Shape::kWarps;  // from one slice to the next
+  // From k on, zero outside.
+  __device__ __forceinline__ void load_x(int k, int token,
+                                         uint4 (&v)[kBatch][kTogether]) const {
+#pragma unroll
+    for (int b = 0; b < kBatch; b++)
+#pragma unroll
+      for (int t = 0; t < kTogether; t++) {
+        v[b][t] = make_uint4(0, 0, 0, 0);
+        if (k + b * kStride >= k1 || token + t >= tokens) continue;
+        const T* from = static_cast<const T*>(a.x) + int64_t(token + t) * a.K + k + b * kStride;
+        if (a.x_aligned) {
+          v[b][t] = __ldg(reinterpret_cast<const uint4*>(from));
+        } else {
+          const auto* h = reinterpret_cast<const uint16_t*>(from);
+          v[b][t] = make_uint4(h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16,
+                               h[6] | h[7] << 16);
+        }
+      }
+  }
+  // Puts a slice into fragment order, [block of 32][token][lane of the quad][8], and sums
+  // groups.
+  __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether],
                                           uint32_t& largest) const {
     auto* x_sums =
         reinterpret_cast<float*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
     auto* x =
         reinterpret_cast<uint4*>(shared + at.x) + ((k - k0) / 32 * TOK + token) * 4 + lane % 4;
 #pragma unroll
-    for (int t = 0; t < 8 && t < TOK; t++) {
+    for (int t = 0; t < kTogether; t++) {
       const uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
       if constexpr (Shape::kAffine) {
         float sum = 0.0f;
@@ -217,6 +287,8 @@ struct MatvecStaging {
       x[t * 4] = make_uint4(out[0], out[1], out[2], out[3]);
     }
   }
+  // nvfp4: scale times code is exact in T when its power of two is moved down a little.
+  static constexpr int kDown = Codes::kLift - (H::kMantissaBits == 7 ? 110 : 7);
 };
 
 }  // namespace lowbit::cuda

@@ -1,4 +1,4 @@
-// Asynchronous copies from global to shared memory, in groups.
+// Asynchronous copies from global to shared memory, and the barriers that tell of them.
 #pragma once
 
 #include <cstdint>
@@ -23,5 +23,119 @@ template <int groups>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
+
+// The first `threads` threads to come to barrier `id` of the block, 1 to 15.
+template <int threads>
+__device__ __forceinline__ void sync_some(int id) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
+}
+// Comes to it and goes on.
+template <int threads>
+__device__ __forceinline__ void arrive_some(int id) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
+}
+// Comes to it, and learns whether all of them say yes.
+template <int threads>
+__device__ __forceinline__ bool all_of_some(int id, bool yes) {
+  uint32_t all;
+  asm volatile(
+      "{ .reg .pred p, q;\n"
+      "  setp.ne.u32 p, %1, 0;\n"
+      "  barrier.cta.red.and.pred q, %2, %3, p;\n"
+      "  selp.u32 %0, 1, 0, q; }"
+      : "=r"(all)
+      : "r"(uint32_t(yes)), "r"(id), "n"(threads)
+      : "memory");
+  return all;
+}
+
+// Arrivals of a warp at a barrier: its first lane's, once all are there. compute-sanitizer's
+// racecheck orders only what arriving lanes did themselves, so there all of them arrive.
+#ifdef LOWBIT_RACECHECK
+inline constexpr int kArrivals = 32;
+#else
+inline constexpr int kArrivals = 1;
+#endif
+
+#if __CUDA_ARCH__ >= 800
+
+// mbarriers, by address in shared memory.
+__device__ __forceinline__ void init_barrier(uint32_t bar, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t bar) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(bar)
+               : "memory");
+}
+// One arrival, when this thread's copies so far (copy_async) are done.
+__device__ __forceinline__ void arrive_after_copies(uint32_t bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
+// A barrier that is never completed ends the kernel with an error: no defect of ours keeps the
+// device busy for ever.
+__device__ __forceinline__ void wait_phase(uint32_t bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define LOWBIT_TEST "try_wait"  // waits a while
+  constexpr uint32_t kTries = 1u << 24;
+#else
+#define LOWBIT_TEST "test_wait"
+  constexpr uint32_t kTries = 1u << 30;
+#endif
+#pragma unroll 1
+  for (uint32_t tries = 0; tries < kTries; tries++) {
+    uint32_t done;
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "  mbarrier." LOWBIT_TEST
+        ".parity.shared.b64 p, [%1], %2;\n"
+        "  selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+    if (done) return;
+  }
+#undef LOWBIT_TEST
+  __trap();
+}
+
+#endif
+
+#if __CUDA_ARCH__ >= 900
+
+// One arrival, and `bytes` that bulk copies will complete.
+__device__ __forceinline__ void arrive_expecting(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
+// The bytes alone.
+__device__ __forceinline__ void expect(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
+// `bytes` in a row, by the copy engine: a multiple of 16, as are both addresses.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes,
+                                          uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(bar)
+      : "memory");
+}
+// True for one of the warp's threads.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t mine;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "  elect.sync _|p, 0xffffffff;\n"
+      "  selp.u32 %0, 1, 0, p; }"
+      : "=r"(mine));
+  return mine;
+}
+// Barriers just initialized are seen by copies.
+__device__ __forceinline__ void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+#endif
 
 }  // namespace lowbit::cuda

@@ -19,9 +19,7 @@ Problem after_quantizing(Problem p) {
 
 Plan plan(const Problem& asked, const Device& device) {
   const Problem p = after_quantizing(asked);
-  if (matvec_supports(p, device))
-    return {Plan::Kernel::matvec, matvec_tokens(p.M), MatvecSizes::kRows, MatvecSizes::kStages,
-            matvec_split(p, device)};
+  if (matvec_supports(p, device)) return matvec_plan(p, device);
   if (!p.gather && matmul_supports(p, device)) return matmul_plan(p, device);
   return {Plan::Kernel::simt, 0, 0, 0, 0};
 }
@@ -32,7 +30,7 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
     case Plan::Kernel::matvec:
       text << "cuda matvec, mma.sync from the stored layout (" << name(p.dtype)
            << " in, float32 sums), weights read once, " << plan.tokens << " tokens x "
-           << plan.rows << " rows of w a tile, ring of " << plan.stages << " slices a warp";
+           << plan.rows << " rows of w a tile, ring of " << plan.stages << " stages";
       break;
     case Plan::Kernel::matmul:
       text << "cuda matmul, wgmma with weights decoded in registers (" << name(p.dtype)

@@ -49,36 +49,6 @@ inline CUtensorMap tensor_map(const void* base, int size, int64_t rows, int64_t 
 
 #if LOWBIT_HOPPER
 
-// mbarriers, by address in shared memory.
-__device__ __forceinline__ void init_barrier(uint32_t bar, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-// One arrival, and `bytes` that copies will complete.
-__device__ __forceinline__ void arrive_expecting(uint32_t bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
-}
-// A barrier that is never completed ends the kernel with an error: no defect of ours keeps the
-// device busy for ever.
-__device__ __forceinline__ void wait_phase(uint32_t bar, uint32_t parity) {
-#pragma unroll 1
-  for (uint32_t tries = 0; tries < (1u << 24); tries++) {
-    uint32_t done;
-    asm volatile(
-        "{ .reg .pred p;\n"
-        "  mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-        "  selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(bar), "r"(parity)
-        : "memory");
-    if (done) return;
-  }
-  __trap();
-}
-
 // The tile whose first element is (row, column), to `to` of this block, or of the blocks of the
 // cluster in `blocks` (bits by rank). Completes on `bar`, of each of them.
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, int column,
@@ -169,7 +139,7 @@ __device__ __forceinline__ void prefetch_line(const uint8_t* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// Threads of the block that name the same barrier (1 to 15), `threads` in all.
+// Threads of the block that name the same barrier (0 to 15), `threads` in all.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -188,6 +158,11 @@ __device__ __forceinline__ bool sync_any(int barrier, int threads, bool yes) {
   return any;
 }
 
+// An arrival at such a barrier, without the wait.
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -198,6 +173,15 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+// The same, and nothing is seen by anyone: for barriers published before, and for blocks that
+// have consumed all that they read of each other's shared memory. Without the fence, which
+// waits for all that a thread stored to global memory.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
           : "memory");
 }
 // Initialised barriers are seen by the cluster and by copies, after cluster_sync.

@@ -7,7 +7,7 @@
 
 namespace lowbit::cpu {
 
-enum class Arithmetic : int { f32, bf16_pairs, tiles };
+enum class Arithmetic : int { f32, bf16_pairs, tiles, fixed_point, byte_tiles };
 
 // One product on the CPU, as its kernels take it.
 struct Plan {

@@ -15,6 +15,7 @@ from .backend import missing_kernel
 from .nn import swap
 from .nn.layer import FLOATS, ORIGIN, LowbitLayer
 from .nn.merge import Merged, merge_model, separate
+from .nn.step import compile_model, forget
 from .ops import ACTIVATION_MODES
 
 _BACKENDS = ("auto", "lowbit", "mlx")
@@ -43,6 +44,7 @@ class Report:
         replaced: the layers that were changed, in the order of the model.
         left: layers that might have been expected among them, with the reason why they are not.
         merged: layers that share one product from this call on, with the bytes of their parameters.
+        compiled: paths of the blocks whose work for one token is compiled from this call on.
         unchanged: how many layers already were what the call makes of them.
         cache_bytes: memory that the changed layers hold beyond the model's own arrays. No backend
             keeps a repacked copy of a weight now, so it is 0.
@@ -51,6 +53,7 @@ class Report:
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
+    compiled: list[str] = field(default_factory=list)
     unchanged: int = 0
     cache_bytes: int = 0
 
@@ -58,6 +61,7 @@ class Report:
         rows = [(_pattern(path), kind, fmt) for path, kind, fmt in self.replaced]
         rows += [(_pattern(path), "left", reason) for path, reason in self.left]
         rows += [(_pattern(path), "merged", " ".join(names)) for path, names, _ in self.merged]
+        rows += [(_pattern(path), "compiled", "one token") for path in self.compiled]
         lines = [("layers", "path", "now", "format or reason")]
         lines += [(str(count), *row) for row, count in Counter(rows).items()]
         wide = [max(len(line[column]) for line in lines) for column in range(3)]
@@ -80,7 +84,13 @@ def _pattern(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", path) or "(the model itself)"
 
 
-def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | None = None) -> Report:
+def accelerate(
+    model: mlx_nn.Module,
+    *,
+    backend: str = "auto",
+    merge: bool | None = None,
+    compile: bool | None = None,
+) -> Report:
     """Run the quantized layers of ``model`` on this package's kernels, changing it in place.
 
     ``mlx.nn.QuantizedLinear``, ``QuantizedEmbedding`` and ``QQLinear``, mlx-lm's and mlx-vlm's
@@ -101,6 +111,11 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | Non
     another x, computes its own product, and soon all of its group do, until accelerate is called
     again. Results do not depend on it beyond the rounding of float32 sums.
 
+    For the same reason, what a transformer block of a known class (Llama's and Mistral's in mlx-lm)
+    computes for one token before and after its attention is compiled, with the bits of the block's
+    own forward pass. A block whose parameters or layers change later runs that pass again, as all
+    do for more than one token and without a cache.
+
     What a model computes without such a layer stays with MLX, for example attention over a
     quantized KV cache. A function that ``mx.compile`` has traced already keeps what it traced.
 
@@ -108,6 +123,8 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | Non
         model: a model of mlx-lm, of mlx-vlm, or any ``mlx.nn.Module``, a single layer included.
         merge: share products among layers with the same x; None means on a GPU as the default
             device. ``False`` ends the sharing of an earlier call.
+        compile: compile the work of blocks for one token; None means on a GPU as the default
+            device. ``False`` ends what an earlier call began.
         backend: ``"auto"`` changes the layers whose format has a kernel for the default device;
             ``"lowbit"`` those of every format of this package whatever the device (for a model that
             will run on a stream of another one); ``"mlx"`` leaves MLX's layers, putting back those
@@ -117,7 +134,8 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | Non
         Report: which layers were changed, which were left and why.
 
     Raises:
-        TypeError: ``model`` is no ``mlx.nn.Module``, or ``merge`` neither a bool nor None.
+        TypeError: ``model`` is no ``mlx.nn.Module``, or ``merge`` or ``compile`` neither a bool
+            nor None.
         ValueError: an unknown ``backend``.
 
     Example:
@@ -128,8 +146,9 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | Non
     if backend not in _BACKENDS:
         names = ", ".join(map(repr, _BACKENDS))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
-    if merge is not None and not isinstance(merge, bool):
-        raise TypeError(f"merge: expected True, False or None, got {merge!r}")
+    for argument, value in (("merge", merge), ("compile", compile)):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{argument}: expected True, False or None, got {value!r}")
     if backend == "mlx":
         return undo(model)
     table, report, changes = swap.classes(), Report(), []
@@ -150,11 +169,17 @@ def accelerate(model: mlx_nn.Module, *, backend: str = "auto", merge: bool | Non
                 report.left.append(Left(path, reason))
     for module, cls in changes:
         swap.change_class(module, cls)
-    if merge or (merge is None and mx.default_device().type == mx.gpu):
+    on_gpu = mx.default_device().type == mx.gpu
+    if merge or (merge is None and on_gpu):
         report.merged = merge_model(swap.walk(model))
     elif merge is not None:
         for _, module in swap.walk(model):
             separate(module)
+    if compile is not None or report.replaced or report.merged or merge is False:
+        for _, module in swap.walk(model):
+            forget(module)
+    if compile or (compile is None and on_gpu):
+        report.compiled = compile_model(swap.walk(model))
     return report
 
 
@@ -176,6 +201,7 @@ def undo(model: mlx_nn.Module) -> Report:
     report = Report()
     for path, module in swap.walk(model):
         separate(module)
+        forget(module)
         if ORIGIN in vars(module):
             swap.restore_class(module)
             report.replaced.append(Replaced(path, type(module).__name__, describe(module)))

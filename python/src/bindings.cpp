@@ -14,6 +14,7 @@
 #include "formats/mxfp8.h"
 #include "formats/nvfp4.h"
 #include "host/backend.h"
+#include "host/fixed_product.h"
 #include "host/ops.h"
 #include "host/plan.h"
 
@@ -88,6 +89,29 @@ NB_MODULE(_ext, m) {
       "same array in another object.");
 
   m.def(
+      "unchanged",
+      [](nb::tuple dicts, nb::list values, nb::list copies) {
+        size_t i = 0;
+        const size_t count = values.size();
+        for (nb::handle each : dicts) {
+          PyObject *key = nullptr, *value = nullptr;
+          Py_ssize_t at = 0;
+          while (PyDict_Next(each.ptr(), &at, &key, &value)) {
+            if (i == count || value != PyList_GetItem(values.ptr(), Py_ssize_t(i)))
+              return false;
+            const nb::handle copy = PyList_GetItem(copies.ptr(), Py_ssize_t(i++));
+            if (!copy.is_none() &&
+                nb::inst_ptr<array>(nb::handle(value))->id() != nb::inst_ptr<array>(copy)->id())
+              return false;
+          }
+        }
+        return i == count;
+      },
+      "dicts"_a, "values"_a, "copies"_a,
+      "Whether the dicts hold these objects, in order, and those that are arrays, with another "
+      "object of the same array in copies and None elsewhere, are still the same arrays.");
+
+  m.def(
       "is_tracer", [](const array& a) { return a.is_tracer(); }, "a"_a,
       "Whether an array stands for a value in a function that MLX is transforming.");
 
@@ -117,6 +141,15 @@ NB_MODULE(_ext, m) {
       },
       "x"_a, "w"_a, "scales"_a, "biases"_a.none(), "bias"_a.none(), "transpose"_a, "format"_a,
       "global_scale"_a = nb::none(), "stream"_a = nb::none(), "x @ w^T + bias, w packed.");
+  m.def(
+      "fixed_product",
+      [](const array& x, const array& w, const array& scales, const OptionalArray& biases,
+         const OptionalArray& bias, int format, const std::vector<std::vector<int>>& shapes) {
+        return lowbit::fixed_product(x, w, scales, biases, bias, Format(format), shapes, {});
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a.none(), "bias"_a.none(), "format"_a, "shapes"_a,
+      "x @ w^T + bias cut along N into arrays of these shapes, with weights that belong to the "
+      "operation and have no derivatives; an empty list where it cannot be made.");
   m.def(
       "qqmm",
       [](const array& x, const array& w, const array& scales, const OptionalArray& bias,

@@ -4,6 +4,12 @@
 //     tests/cuda/check.cu, those of kernels/cuda/ that are to be checked, -o check
 //   ./check; compute-sanitizer --tool memcheck ./check --quick
 //
+// For --tool racecheck, kernels are compiled with -DLOWBIT_RACECHECK: one lane arrives at a
+// barrier for its warp, after __syncwarp, and racecheck orders what that lane wrote but not
+// what the others did (of the 256 words that 8 rows of a fragment read, it reported all but
+// those written by lane 0). With the definition every lane arrives. Clusters are checked by
+// --plan kernel=matmul,tokens=64,rows=256,split_k=2.
+//
 // Kernels that are not linked are left out, and said to be. Exits 1 on any failure. Results are
 // NaN before they are computed, and so is everything around operands.
 #include <atomic>
@@ -14,6 +20,8 @@
 #include <thread>
 
 #include "cases.h"
+#include "cuda/matmul_rules.h"
+#include "cuda/matvec_rules.h"
 #include "device_memory.h"
 #include "encoders.h"
 #include "options.h"
@@ -30,17 +38,23 @@ __attribute__((weak)) void quantize(Format, const void*, Dtype, int64_t, const f
 __attribute__((weak)) void dequantize(Format, const Weights&, const float*, void*, Dtype,
                                       Queue&);
 __attribute__((weak)) Plan plan(const Problem&, const Device&);
+__attribute__((weak)) void run(const Product&, Queue&);
 }  // namespace lowbit::cuda
 
 namespace lowbit::check {
 namespace {
+
+Problem problem_of(const Case& c) {
+  return {c.format, c.dtype, c.dtype, c.M, c.N, c.K, c.transpose, c.quantize_x, c.pairs > 0};
+}
 
 struct ProductKernel {
   const char* name;
   void (*run)(const cuda::Product&, const cuda::Plan&, cuda::Queue&);
   cuda::Plan fallback;  // where plan() is not linked or chooses another kernel
   bool exact;           // weights stay float32, infinities keep their sign
-  bool (*takes)(const Case&);
+  size_t alignment;     // of x and codes, in bytes, that run() sees to
+  bool (*takes)(const Case&, const cuda::Device&);
 };
 
 // What the tensor-core kernels are asked for.
@@ -50,18 +64,44 @@ bool takes_pairs(const Case& c) {
          (!c.bias || *c.bias == Dtype::f32 || *c.bias == c.dtype);
 }
 
+// As MLX's ops run a product: whichever kernel it is, after quantizing x where asked for.
+decltype(ProductKernel::run) run_as_planned() {
+  if (!cuda::run) return nullptr;
+  return [](const cuda::Product& p, const cuda::Plan&, cuda::Queue& q) { cuda::run(p, q); };
+}
+
 const ProductKernel kKernels[] = {
     {"simt",
      cuda::simt,
      {cuda::Plan::Kernel::simt, 0, 0, 0, 0},
      true,
-     [](const Case&) { return true; }},
+     1,
+     [](const Case&, const cuda::Device&) { return true; }},
     {"matvec",
      cuda::matvec,
      {cuda::Plan::Kernel::matvec, 8, 16, 4, 1},
      false,
-     [](const Case& c) { return takes_pairs(c) && c.M <= 32; }},
-    {"matmul", cuda::matmul, {cuda::Plan::Kernel::matmul, 128, 128, 4, 1}, false, takes_pairs},
+     1,
+     [](const Case& c, const cuda::Device& device) {
+       return takes_pairs(c) && cuda::matvec_supports(problem_of(c), device);
+     }},
+    {"matmul",
+     cuda::matmul,
+     {cuda::Plan::Kernel::matmul, 128, 128, 4, 1},
+     false,
+     16,
+     [](const Case& c, const cuda::Device& device) {
+       return takes_pairs(c) && !c.pairs && cuda::matmul_supports(problem_of(c), device);
+     }},
+    // MLX's ops come here with operands promoted to one dtype.
+    {"run",
+     run_as_planned(),
+     {cuda::Plan::Kernel::simt, 0, 0, 0, 0},
+     false,
+     1,
+     [](const Case& c, const cuda::Device&) {
+       return c.dtype == Dtype::f32 || c.pairs > 0 || takes_pairs(c);
+     }},
 };
 
 // What one kind of check came to.
@@ -118,9 +158,7 @@ struct Bench {
   cuda::Plan plan_of(const ProductKernel& kernel, const Case& c) const {
     cuda::Plan p = kernel.fallback;
     if (cuda::plan) {
-      const Problem problem{c.format, c.dtype, c.dtype,     c.M,
-                            c.N,      c.K,     c.transpose, c.quantize_x};
-      const cuda::Plan chosen = cuda::plan(problem, queue.device());
+      const cuda::Plan chosen = cuda::plan(problem_of(c), queue.device());
       if (chosen.kernel == p.kernel) p = chosen;
     }
     options.override(p);
@@ -135,11 +173,15 @@ struct Bench {
     const size_t dtype_size = size_t(ieee(c.dtype).size());
     const auto off = [&](size_t element) { return c.offset ? element : 0; };
     const size_t scale_offset = off(size_t(size_of(c.scale_type)));
+    // x and codes only as far out of line as the kernel takes them.
+    const auto off_aligned = [&](size_t element) {
+      return off((element + kernel.alignment - 1) / kernel.alignment * kernel.alignment);
+    };
     cuda::Product p{};
     p.format = c.format, p.transpose = c.transpose, p.quantize_x = c.quantize_x;
     p.dtype = c.dtype, p.M = c.M, p.N = c.N, p.K = c.K;
     const FormatInfo& f = c.info();
-    p.w = {memory.copy(o.w.codes, off(4), s),
+    p.w = {memory.copy(o.w.codes, off_aligned(4), s),
            memory.copy(o.w.scales, scale_offset, s),
            memory.copy(o.w.biases, scale_offset, s),
            c.scale_type,
@@ -148,7 +190,7 @@ struct Bench {
            c.stored_rows(),
            c.stored_columns(),
            c.stored_columns() * f.bits / 8};
-    p.x = memory.copy(o.x, off(dtype_size), s);
+    p.x = memory.copy(o.x, off_aligned(dtype_size), s);
     std::vector<uint8_t> y(size_t(c.y_rows() * c.N) * dtype_size);
     p.y = memory.make(y.size(), 0, s);
     p.bias = memory.copy(o.bias, c.bias ? off(size_t(ieee(*c.bias).size())) : 0, s);
@@ -209,7 +251,7 @@ bool check_products(Bench& bench, unsigned threads) {
   const std::vector<Case> cases = product_cases(bench.options.quick);
   Tally tallies[std::size(kKernels)];
   const auto wants = [&](const ProductKernel& k, const Case& c) {
-    return k.run && bench.options.selects(k.name) && k.takes(c);
+    return k.run && bench.options.selects(k.name) && k.takes(c, bench.queue.device());
   };
   parallel(threads, int64_t(cases.size()), [&](int64_t i) {
     const Case& c = cases[size_t(i)];

@@ -37,6 +37,19 @@ def test_float32_and_float16_never_pass_through_bfloat16(fmt):
             assert "bfloat16" not in plan(fmt, M, dtype)
 
 
+@pytest.mark.skipif(
+    _ext.target() not in ("amx", "amx_emulated", "avx512bf16"), reason="needs AVX-512 VNNI"
+)
+def test_fixed_point_is_for_integer_codes_and_half_precision(fmt, dtype):
+    """Instead of float32 lanes, and never where x has more bits than fixed point keeps."""
+    text = plan(fmt, 1, dtype)
+    fits = fmt.has_biases and dtype != mx.float32
+    assert not fits or "float32 lanes" not in text, text
+    assert fits or "fixed point" not in text, text
+    if fmt.has_biases and fmt.bits in (6, 8):
+        assert ("fixed point" in text) == fits, text
+
+
 def test_kernel_changes_once_with_the_number_of_rows(fmt, dtype):
     """matvec up to some M, matmul from there on."""
     kernels = ["matvec" in plan(fmt, M, dtype) for M in range(1, 40)]

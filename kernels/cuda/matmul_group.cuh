@@ -1,0 +1,261 @@
+// The warpgroups of matmul that multiply (what a block is and how its shared memory is filled:
+// matmul.h), up to the sums of a tile.
+#pragma once
+
+#include "matmul.h"
+
+namespace lowbit::cuda {
+
+#if LOWBIT_HOPPER
+
+// One of the warpgroups that multiply.
+template <class F, class T, int kTokens>
+struct MatmulGroup : MatmulBlock<F, T, kTokens> {
+  using Block = MatmulBlock<F, T, kTokens>;
+  using Shape = typename Block::Shape;
+  using Decode = typename Block::Decode;
+  using Block::a, Block::base;
+  using UnitRing = typename Block::UnitRing;
+  using XRing = typename Block::XRing;
+  static constexpr int kParities = Shape::kParities;
+  using Sums = float[kTokens / 2];
+  // Of the tokens that this warpgroup brings to y.
+  static constexpr int kOwnTokens = kTokens / kParities, kQuads = kOwnTokens / 8;
+  using Own = float[kOwnTokens / 2];
+
+  // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32.
+  static constexpr int kPieces =  // of a unit
+      F::kBits == 8 || F::kGroup == 16 || (kTokens <= 64 && F::kBits % 2 == 0) ? 4 : 2;
+  static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;  // of 8 k, of 16 k
+  static constexpr int kWords = kChunks * F::kBits / 4;
+  static constexpr int kPieceGroups = F::kGroup * kPieces < 128 ? 128 / kPieces / F::kGroup : 1;
+  static constexpr int kCodeLoad = kWords % 4 == 0 ? 16 : 8;  // bytes
+  static constexpr int kTurns = Shape::kSwizzle ? Shape::kSwizzle / 16 : 1;
+  static constexpr int kEntryBytes = kPieceGroups * Shape::kEntry;
+  static constexpr int kEntryLoad = kEntryBytes < 16 ? kEntryBytes : 16;
+  static constexpr int kEntryTurns = Shape::kEntryRow / 16;
+  struct Piece {
+    uint32_t words[2][kWords];
+    GroupPair groups[2][kPieceGroups];
+  };
+  // Steps (of 16 k) that are decoded, and then multiplied, together.
+  static constexpr int kBatch = kTokens <= 64 ? 2 : 1;
+
+  const Decode decode;
+  int half, parity, warp, lane;  // 64 rows of 128; units of K; of this warpgroup
+  // Where chunks i, i + kTurns, ... of this lane's first row begin in a stage; the second row
+  // is 8 rows on.
+  uint32_t code_at[kTurns], entry_at[kEntryTurns];
+  uint32_t peer;  // the other block that shares x
+  UnitRing unit;  // this warpgroup's next
+  XRing x;        // where x is apart
+
+  __device__ MatmulGroup(const Block& block, int warp_of_block, int lane)
+      : Block(block),
+        decode(lane % 4),
+        half(warp_of_block / 4 % 2),
+        parity(warp_of_block / 8),
+        warp(warp_of_block % 4),
+        lane(lane) {
+    const int row = half * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kTurns; i++)
+      code_at[i] =
+          Shape::kCodesAt + row * Shape::kRowBytes + (i ^ turn_of(row, Shape::kSwizzle)) * 16;
+#pragma unroll
+    for (int i = 0; i < kEntryTurns; i++)
+      entry_at[i] = Shape::kEntriesAt + row * Shape::kEntryRow +
+                    (i ^ turn_of(row, Shape::kEntryRow)) * 16;
+    unit.advance(parity);
+    peer = cluster_rank() ^ 1;
+  }
+
+  template <int p>
+  __device__ __forceinline__ void load(Piece& piece, uint32_t stage) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+      for (int i = 0; i < kWords * 4; i += kCodeLoad) {
+        const int at = p * kWords * 4 + i;  // in the row
+        const uint32_t from =
+            Shape::kSwizzle ? code_at[at / 16 % kTurns] + at % 16 : code_at[0] + uint32_t(at);
+        load_shared<kCodeLoad>(from + stage + r * 8 * Shape::kRowBytes, &piece.words[r][i / 4]);
+      }
+      constexpr int kFrom = p * Shape::kEntries / kPieces * Shape::kEntry;
+      uint32_t v[kEntryBytes / 4];
+#pragma unroll
+      for (int i = 0; i < kEntryBytes; i += kEntryLoad)
+        load_shared<kEntryLoad>(
+            entry_at[(kFrom + i) / 16] + (kFrom + i) % 16 + stage + r * 8 * Shape::kEntryRow,
+            &v[i / 4]);
+#pragma unroll
+      for (int i = 0; i < kPieceGroups; i++) {
+        if constexpr (Decode::kBias)
+          piece.groups[r][i] = {v[2 * i], v[2 * i + 1]};
+        else
+          piece.groups[r][i] = {v[i], 0};
+      }
+    }
+  }
+
+  // A for step s (16 k) of the piece.
+  __device__ __forceinline__ void decode_step(const Piece& piece, int s,
+                                              uint32_t (&operand)[4]) const {
+    const auto group = [](int j) { return j * kPieceGroups / kChunks; };
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const auto& w = piece.words[r];
+      const auto& g = piece.groups[r];
+      const int j = 2 * s;
+      if constexpr (Decode::kByTwo) {
+        decode.two_pairs(w, j, g[group(j)], g[group(j + 1)], operand[r], operand[2 + r]);
+      } else {
+        operand[r] = decode.pair(w, j, g[group(j)]);
+        operand[2 + r] = decode.pair(w, j + 1, g[group(j + 1)]);
+      }
+    }
+  }
+
+  // This warp has read what `empty` guards, here and, of x, for the other block.
+  __device__ __forceinline__ void release(uint32_t empty, bool x) const {
+    __syncwarp();
+    if (lane < kArrivals) {
+      arrive(empty);
+      if (x && a.share > 1) arrive_remote(remote_address(empty, peer));
+    }
+  }
+
+  __device__ __forceinline__ void multiply_tile(Sums& sums) {
+    Piece pieces[2];
+    uint32_t operands[2][kBatch][4] = {};
+#pragma unroll
+    for (float& s : sums) s = 0.0f;
+    const int count = Block::last_unit - Block::first_unit;
+    if (parity < count) {
+      wait_phase(Block::full(unit.slot), unit.parity);
+      load<0>(pieces[0], Block::stage(unit.slot));
+    }
+    uint32_t held = 0, held_x = 0;  // barriers of what multiplies under way read
+    for (int u = parity; u < count; u += kParities) {
+      const uint32_t stage = Block::stage(unit.slot), empty = Block::empty(unit.slot);
+      const bool more = u + kParities < count;
+      uint64_t b = b_descriptor(stage);
+      unit.advance(kParities);
+#pragma unroll
+      for (int step = 0; step < 8; step += kBatch) {  // 16 k each
+        const int p = step / kSteps, s = step % kSteps;
+        auto& operand = operands[step / kBatch % 2];
+        auto& before = operands[step / kBatch % 2 ^ 1];
+        if (s == 0) load_next(p, pieces, stage, more);
+#pragma unroll
+        for (int i = 0; i < kBatch; i++) decode_step(pieces[p % 2], s + i, operand[i]);
+        if constexpr (Shape::kApart) {
+          if (step % 4 == 0) {
+            wait_phase(Block::x_full(x.slot), x.parity);
+            b = b_descriptor(Block::x_stage(x.slot));
+          }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBatch; i++) {
+          const int half_at = Shape::kApart ? 0 : (step + i) / 4 * (Shape::kXBytes / 16);
+          Wgmma<T, kTokens>::run(sums, operand[i],
+                                 b + uint64_t(half_at) + (step + i) % 4 * kDescriptorStep);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // those before: their operands and the x they read are free
+#pragma unroll
+        for (int i = 0; i < kBatch; i++) keep_alive(before[i]);
+        if (step == 0 && held) release(held, !Shape::kApart);
+        if constexpr (Shape::kApart) {
+          if (step % 4 == 0) {
+            if (held_x) release(held_x, true);
+            held_x = Block::x_empty(x.slot);
+            x.advance();
+          }
+        }
+      }
+      // A stage that is held into the next unit of its parity keeps the ring short: 33.4 us
+      // where letting go at once took 29.2 (8-bit, 4096x14336, M=64; H200, 2026-11-22).
+      if constexpr (kParities == 2) {
+        wgmma_wait<0>();
+        release(empty, true);
+      } else {
+        held = empty;
+      }
+    }
+    wgmma_wait<0>();
+    keep_alive(sums);
+    if (held) release(held, !Shape::kApart);
+    if (held_x) release(held_x, true);
+    // An odd number of units: the other warpgroups' next is this one's.
+    if (kParities == 2 && count % 2) {
+      if (parity)
+        unit.advance();
+      else
+        unit.step_back();
+    }
+  }
+
+  // Before piece p is decoded: the piece after it, maybe of the next unit.
+  __device__ __forceinline__ void load_next(int p, Piece (&pieces)[2], uint32_t stage,
+                                            bool more) {
+    if (p + 1 == kPieces) {
+      if (!more) return;
+      wait_phase(Block::full(unit.slot), unit.parity);
+      return load<0>(pieces[0], Block::stage(unit.slot));
+    }
+    if (p == 0) load<1>(pieces[1], stage);
+    if constexpr (kPieces == 4) {
+      if (p == 1) load<2>(pieces[0], stage);
+      if (p == 2) load<3>(pieces[1], stage);
+    }
+  }
+
+  __device__ __forceinline__ int group() const { return half + 2 * parity; }
+
+  // Both warpgroups of 64 rows add up their sums: half of the tokens each.
+  __device__ __forceinline__ void gather_parities(const Sums& sums, Own& own) const {
+    if constexpr (kParities == 1) {
+#pragma unroll
+      for (int i = 0; i < kOwnTokens / 2; i++) own[i] = sums[i];
+    } else {
+      // Through the rooms of y, as many quads of sums at a time as they hold.
+      constexpr int kHalf = kQuads * 4, kRound = Shape::kOutBytes / 2048;
+      static_assert(kQuads % kRound == 0);
+      const uint32_t at = base + Shape::kOutAt + (warp * 32 + lane) * 16;
+      const uint32_t mine = at + group() * Shape::kOutBytes;
+      const uint32_t other = at + (group() ^ 2) * Shape::kOutBytes;
+      float give[kHalf];
+#pragma unroll
+      for (int i = 0; i < kHalf; i++) {
+        own[i] = parity ? sums[kHalf + i] : sums[i];
+        give[i] = parity ? sums[i] : sums[kHalf + i];
+      }
+      if (warp == 0 && lane == 0) wait_for_stores<0>();  // of the tile before
+      sync_threads(7 + half, 256);
+#pragma unroll
+      for (int first = 0; first < kQuads; first += kRound) {
+#pragma unroll
+        for (int q = 0; q < kRound; q++) store_quad(other + q * 2048, &give[4 * (first + q)]);
+        sync_threads(7 + half, 256);
+#pragma unroll
+        for (int q = 0; q < kRound; q++) {
+          uint32_t v[4];
+          load_shared<16>(mine + q * 2048, v);
+#pragma unroll
+          for (int i = 0; i < 4; i++) own[4 * (first + q) + i] += __uint_as_float(v[i]);
+        }
+        sync_threads(7 + half, 256);  // they may be overwritten
+      }
+    }
+  }
+  static __device__ __forceinline__ void store_quad(uint32_t to, const float* v) {
+    store_shared(to, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                      __float_as_uint(v[3])});
+  }
+};
+
+#endif  // LOWBIT_HOPPER
+
+}  // namespace lowbit::cuda
