@@ -87,18 +87,18 @@ struct Target {
   const char* name;
   bool (*supported)();
   const Kernels& (*kernels)();
-  Arithmetic bf16;            // arithmetic for bfloat16 and quantized x
-  int64_t matvec_rows;        // largest M for matvec in float32 arithmetic
-  int64_t matvec_rows_bf16;   // and in bfloat16 pairs
-  int64_t matvec_rows_tiles;  // and with tiles, for the formats whose codes tiles take
-  int64_t byte_tiles_from;    // x rows from which integer codes go to byte tiles,
-  int64_t byte_tile_rows;     // and up to which
-  int pairs_bits;             // narrowest codes for which pairs beat float32 lanes
-  bool fixed_point;           // 16-bit x may meet integer codes in fixed point: beats lanes
-  int64_t fixed_rows;         // and pairs, up to this M,
-  int fixed_bits;             // from these codes on
-  int64_t panel_bytes;        // of decoded weights a matmul task keeps at hand
-  int row_block;              // rows of that panel
+  Arithmetic bf16;              // arithmetic for bfloat16 and quantized x
+  int64_t matvec_rows;          // largest M for matvec in float32 arithmetic
+  int64_t matvec_rows_bf16;     // and in bfloat16 pairs
+  int64_t matvec_rows_tiles;    // and with tiles, for the formats whose codes tiles take
+  int64_t byte_tiles_from = 0;  // x rows from which integer codes go to byte tiles,
+  int64_t byte_tile_rows = 0;   // and up to which
+  int pairs_bits;               // narrowest codes for which pairs beat float32 lanes
+  bool fixed_point = false;     // 16-bit x may meet integer codes in fixed point: beats lanes
+  int64_t fixed_rows = 0;       // and pairs, up to this M,
+  int fixed_bits = 0;           // from these codes on
+  int64_t panel_bytes;          // of decoded weights a matmul task keeps at hand
+  int row_block;                // rows of that panel
 };
 
 extern const Target kTargets[];

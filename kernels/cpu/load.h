@@ -77,7 +77,8 @@ struct ToFloat<E8m0> {
   }
 };
 
-// Codes meet x as numbers that add up in float32. (fixed.h: as integers, x in several limbs.)
+// Codes meet x as numbers that add up in float32. (fixed_point.h: as integers, x in several
+// limbs.)
 struct FloatSums {
   using Sum = f32;
   static constexpr int kLimbs = 1;

@@ -6,15 +6,15 @@
 //     for each   R rows of W x T rows of x at a time, in registers:
 //                  sum[r][t] over a chunk of codes, then total[r][t] += scale * sum
 //
-// x meets codes as float32, as bfloat16 pairs or in fixed point (fixed.h). Affine biases enter
-// as one dot product with the group sums of x. Since codes meet x before the scale does, rows
-// with extreme x (kernels/cpu/activations.h) take matmul instead.
+// x meets codes as float32, as bfloat16 pairs or in fixed point (fixed_point.h). Affine biases
+// enter as one dot product with the group sums of x. Since codes meet x before the scale does,
+// rows with extreme x (kernels/cpu/activations.h) take matmul instead.
 #include <utility>
 
 #include "kernels_of.h"
 #include "packed_x.h"
 #if defined(__AVX512VNNI__)
-#include "fixed.h"
+#include "fixed_point.h"
 #endif
 #if defined(__AMX_BF16__) || defined(LOWBIT_EMULATE_TILES)
 #include "matvec_byte_tiles.h"

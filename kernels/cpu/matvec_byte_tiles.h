@@ -1,5 +1,6 @@
 // matvec with tiles of bytes, for up to 8 rows of 16-bit x and integer codes: codes are copied
-// or spread to bytes, never looked up, and x is fixed point (fixed.h), three bytes an element.
+// or spread to bytes, never looked up, and x is fixed point (fixed_point.h), three bytes an
+// element.
 //
 //   for each     16 stored rows of W, block of K
 //                  codes -> panel[16][k], bytes, in L1
@@ -18,7 +19,7 @@
 
 #include "activations.h"
 #include "arena.h"
-#include "fixed.h"
+#include "fixed_point.h"
 #include "simd_amx.h"
 
 LOWBIT_BEGIN

@@ -107,8 +107,6 @@ const Target kTargets[] = {
      .matvec_rows = 8,
      .matvec_rows_bf16 = 8,
      .matvec_rows_tiles = 0,
-     .byte_tiles_from = 0,
-     .byte_tile_rows = 0,
      .pairs_bits = 0,
      .fixed_point = true,
      .fixed_rows = 1,
@@ -122,12 +120,7 @@ const Target kTargets[] = {
      .matvec_rows = 8,
      .matvec_rows_bf16 = 8,
      .matvec_rows_tiles = 0,
-     .byte_tiles_from = 0,
-     .byte_tile_rows = 0,
      .pairs_bits = 0,
-     .fixed_point = false,
-     .fixed_rows = 0,
-     .fixed_bits = 0,
      .panel_bytes = 512 << 10,
      .row_block = 64},
     {.name = "avx2",
@@ -137,12 +130,7 @@ const Target kTargets[] = {
      .matvec_rows = 4,
      .matvec_rows_bf16 = 4,
      .matvec_rows_tiles = 0,
-     .byte_tiles_from = 0,
-     .byte_tile_rows = 0,
      .pairs_bits = 0,
-     .fixed_point = false,
-     .fixed_rows = 0,
-     .fixed_bits = 0,
      .panel_bytes = 256 << 10,
      .row_block = 64},
 #endif
@@ -154,12 +142,7 @@ const Target kTargets[] = {
      .matvec_rows = 8,
      .matvec_rows_bf16 = 8,
      .matvec_rows_tiles = 0,
-     .byte_tiles_from = 0,
-     .byte_tile_rows = 0,
      .pairs_bits = 0,
-     .fixed_point = false,
-     .fixed_rows = 0,
-     .fixed_bits = 0,
      .panel_bytes = 256 << 10,
      .row_block = 64},
 #endif
@@ -170,12 +153,7 @@ const Target kTargets[] = {
      .matvec_rows = 4,
      .matvec_rows_bf16 = 4,
      .matvec_rows_tiles = 0,
-     .byte_tiles_from = 0,
-     .byte_tile_rows = 0,
      .pairs_bits = 0,
-     .fixed_point = false,
-     .fixed_rows = 0,
-     .fixed_bits = 0,
      .panel_bytes = 256 << 10,
      .row_block = 64},
 #if defined(LOWBIT_EMULATED_TARGET)
@@ -221,7 +199,8 @@ const Target& target() {
 
 namespace {
 
-// Integer codes and x of 16 bits, of which fixed point keeps 21 or more (kernels/cpu/fixed.h).
+// Integer codes and x of 16 bits, of which fixed point keeps 21 or more
+// (kernels/cpu/fixed_point.h).
 bool fixed_point_holds(const Problem& p) {
   return p.transpose && p.format != Format::dense && kFormats[int(p.format)].affine() &&
          p.dtype != Dtype::f32;

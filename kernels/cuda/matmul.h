@@ -194,11 +194,11 @@ struct MatmulBlock {
     if (a.share > 1)
       cluster_sync_relaxed();
     else if (role == kInitialises)
-      arrive_threads(0, kMost), arrive_threads(6, kOthers);
+      arrive_threads<kMost>(0), arrive_threads<kOthers>(6);
     else if (role == kScales)
-      sync_threads(6, kOthers);
+      sync_threads<kOthers>(6);
     else if (role == kMultiplies)
-      sync_threads(0, kMost);
+      sync_threads<kMost>(0);
   }
 
   // Tiles in the order in which clusters take them: tokens first within a panel of `panel`
@@ -297,7 +297,7 @@ struct MatmulBlock {
     if constexpr (!Shape::kAffine) {
       for (int i = warp * 32 + lane; i < 256; i += 64)
         store_shared(table + 4 * i, Decode::entry(uint32_t(i)));
-      sync_threads(9, 64);
+      sync_threads<64>(9);
     }
     each_tile([&](int row0, int) {
       // Rows beyond the matrix take the last row's: nothing of them is written.

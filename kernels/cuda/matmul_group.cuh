@@ -233,12 +233,12 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
         give[i] = parity ? sums[i] : sums[kHalf + i];
       }
       if (warp == 0 && lane == 0) wait_for_stores<0>();  // of the tile before
-      sync_threads(7 + half, 256);
+      sync_threads<256>(7 + half);
 #pragma unroll
       for (int first = 0; first < kQuads; first += kRound) {
 #pragma unroll
         for (int q = 0; q < kRound; q++) store_quad(other + q * 2048, &give[4 * (first + q)]);
-        sync_threads(7 + half, 256);
+        sync_threads<256>(7 + half);
 #pragma unroll
         for (int q = 0; q < kRound; q++) {
           uint32_t v[4];
@@ -246,7 +246,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 #pragma unroll
           for (int i = 0; i < 4; i++) own[4 * (first + q) + i] += __uint_as_float(v[i]);
         }
-        sync_threads(7 + half, 256);  // they may be overwritten
+        sync_threads<256>(7 + half);  // they may be overwritten
       }
     }
   }

@@ -80,14 +80,14 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
         else
           wait_for_stores<3>();
       }
-      sync_threads(1 + group(), 128);
+      sync_threads<128>(1 + group());
     }
     return base + Shape::kOutAt + group() * Shape::kOutBytes + at;
   }
   __device__ __forceinline__ void send(uint32_t room, int row0, int token) const {
     if (!a.y_tiles) return;
     fence_for_copies();
-    sync_threads(1 + group(), 128);
+    sync_threads<128>(1 + group());
     if (warp == 0 && lane == 0) store_tile(a.y, row0 + half * 64, token, room);
   }
 
@@ -129,9 +129,9 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
     // The copying warps may be ahead and say so just now: all threads must agree. Nothing may
     // overtake the tile on its way out.
     constexpr int kThreads = 128 * Shape::kGroups;
-    if (!sync_any(5, kThreads, met)) return;
+    if (!sync_any<kThreads>(5, met)) return;
     wait_for_stores<0>(true);
-    sync_threads(5, kThreads);
+    sync_threads<kThreads>(5);
     write_extreme<F, T, kTokens>(a, row0 + (half * 4 + warp) * 16 + lane / 2, token0 + lane % 2,
                                  first + parity * step, kParities * step);
   }
@@ -141,7 +141,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
     return base + uint32_t((quad * 256 + half * 128 + warp * 32 + lane) * 16);
   }
   __device__ __forceinline__ void share_sums(const Own& own) const {
-    sync_threads(5, 128 * Shape::kGroups);  // all of x is read
+    sync_threads<128 * Shape::kGroups>(5);  // all of x is read
 #pragma unroll
     for (int q = 0; q < kQuads; q++) store_quad(shared_sums(parity * kQuads + q), &own[4 * q]);
   }

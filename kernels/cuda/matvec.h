@@ -68,7 +68,7 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
       for (int d = 0; d < n; d++) {
         uint32_t v;
         asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i + d));
-        s[d] = __uint_as_float(v == 0u ? 0x00400000u : v << 23);  // E8m0::decode
+        s[d] = F::Scale::decode(v);
       }
     }
   }
@@ -228,8 +228,9 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
         table[i] = s | s << 16;
       }
     }
-    sync_some<Shape::kThreads>(Base::kBegun);
-    return all_of_some<Shape::kWorkers>(kBarrier, largest < __float_as_uint(0x1p100f));
+    __syncwarp();
+    sync_threads<Shape::kThreads>(Base::kBegun);
+    return !sync_any<Shape::kWorkers>(kBarrier, largest >= __float_as_uint(0x1p100f));
   }
   // This lane's x for its first column of a slice that starts at k, and the sums of its group.
   __device__ uint32_t x_at(int k) const {
@@ -314,7 +315,8 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
       }
       store_sums(y, room + waiting * Shape::kTileSums + warp * Shape::kWarpSums + g);
       if (++waiting < Shape::kFlush && tile + 1 < tiles) continue;
-      sync_some<Shape::kWorkers>(kBarrier);
+      __syncwarp();
+      sync_threads<Shape::kWorkers>(kBarrier);
       for (int i = warp * 32 + lane; i < waiting * kRows * TOK; i += Shape::kWorkers) {
         const int r = i % kRows, token = i / kRows % TOK, which = i / kRows / TOK;
         if (token >= tokens) continue;
@@ -325,10 +327,12 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
         if (plain) keep<split>(tile - waiting + 1 + which, r, token, sum);
       }
       // The other room is free: its sums were read before the barrier just passed.
-      if constexpr (Shape::kRooms == 1)
-        sync_some<Shape::kWorkers>(kBarrier);
-      else
+      if constexpr (Shape::kRooms == 1) {
+        __syncwarp();
+        sync_threads<Shape::kWorkers>(kBarrier);
+      } else {
         room = rooms + (room == rooms ? Shape::kFlush * Shape::kTileSums : 0);
+      }
       waiting = 0;
     }
     if (!plain) {

@@ -19,7 +19,7 @@ struct MatvecSizes {
     return affine && (tokens == 1 || (bits == 8 && tokens == 4));
   }
   // Warps that multiply, and those that copy: the copy engine takes a row at a time, and one
-  // thread alone asks for about one in 40 ns (4-bit 4096x14336, M = 1: 19.9 us with one, 13.8
+  // warp alone asks for about one in 40 ns (4-bit 4096x14336, M = 1: 19.9 us with one, 13.8
   // with 4, 14.3 with 8; H200, 2026-11-22).
   constexpr int warps() const { return tokens > 8 ? 8 : 16; }
   static constexpr int kCopyWarps = 4;

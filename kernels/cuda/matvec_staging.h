@@ -110,11 +110,12 @@ struct MatvecStaging {
         init_barrier(base + 16 * lane + 8, Shape::kWarps * kArrivals);
       }
 #if __CUDA_ARCH__ >= 900
-      fence_barriers();
+      publish_barriers();
 #endif
     }
-    sync_some<32 * Shape::kCopyWarps>(kCopyBarrier);
-    arrive_some<Shape::kThreads>(kBegun);
+    __syncwarp();
+    sync_threads<32 * Shape::kCopyWarps>(kCopyBarrier);
+    arrive_threads<Shape::kThreads>(kBegun);
 #if __CUDA_ARCH__ >= 900
     if (bulk) {
       if (elect_one()) fill_in_bulk(mine);
@@ -202,7 +203,7 @@ struct MatvecStaging {
                       count / Shape::kGroup * Shape::kScaleSize, a.scales_piece);
         if (a.codes_piece == 1 ||
             a.scales_piece == 1) {  // stored, not copied: arrives for these as well
-          asm volatile("cp.async.wait_all;" ::: "memory");
+          wait_for_copies();
           arrive(bar);
         } else {
           arrive_after_copies(bar);

@@ -18,35 +18,35 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
                  : "memory");
 }
 
-// Until at most `groups` of this thread's groups of copies are under way.
-template <int groups>
+// Until all copies of this thread are done.
 __device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// The first `threads` threads to come to barrier `id` of the block, 1 to 15.
+// The `threads` threads of the block that come to the barrier of this number, 0 to 15: whole
+// warps, whose lanes come together (__syncwarp first where they may have parted).
 template <int threads>
-__device__ __forceinline__ void sync_some(int id) {
-  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
+__device__ __forceinline__ void sync_threads(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
 }
-// Comes to it and goes on.
+// The same, and whether any of them says yes: one answer for all.
 template <int threads>
-__device__ __forceinline__ void arrive_some(int id) {
-  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
-}
-// Comes to it, and learns whether all of them say yes.
-template <int threads>
-__device__ __forceinline__ bool all_of_some(int id, bool yes) {
-  uint32_t all;
+__device__ __forceinline__ bool sync_any(int barrier, bool yes) {
+  uint32_t any;
   asm volatile(
       "{ .reg .pred p, q;\n"
       "  setp.ne.u32 p, %1, 0;\n"
-      "  barrier.cta.red.and.pred q, %2, %3, p;\n"
+      "  bar.red.or.pred q, %2, %3, p;\n"
       "  selp.u32 %0, 1, 0, q; }"
-      : "=r"(all)
-      : "r"(uint32_t(yes)), "r"(id), "n"(threads)
+      : "=r"(any)
+      : "r"(uint32_t(yes)), "r"(barrier), "n"(threads)
       : "memory");
-  return all;
+  return any;
+}
+// An arrival at such a barrier, without the wait.
+template <int threads>
+__device__ __forceinline__ void arrive_threads(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
 }
 
 // Arrivals of a warp at a barrier: its first lane's, once all are there. compute-sanitizer's
@@ -131,8 +131,8 @@ __device__ __forceinline__ bool elect_one() {
       : "=r"(mine));
   return mine;
 }
-// Barriers just initialized are seen by copies.
-__device__ __forceinline__ void fence_barriers() {
+// Initialised barriers are seen by copies and, after cluster_sync, by the cluster.
+__device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 

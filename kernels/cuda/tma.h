@@ -139,30 +139,6 @@ __device__ __forceinline__ void prefetch_line(const uint8_t* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// Threads of the block that name the same barrier (0 to 15), `threads` in all.
-__device__ __forceinline__ void sync_threads(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// The same, and whether any of them says yes: one answer for all.
-__device__ __forceinline__ bool sync_any(int barrier, int threads, bool yes) {
-  uint32_t any;
-  asm volatile(
-      "{ .reg .pred p, q;\n"
-      "  setp.ne.u32 p, %3, 0;\n"
-      "  bar.red.or.pred q, %1, %2, p;\n"
-      "  selp.u32 %0, 1, 0, q; }"
-      : "=r"(any)
-      : "r"(barrier), "r"(threads), "r"(uint32_t(yes))
-      : "memory");
-  return any;
-}
-
-// An arrival at such a barrier, without the wait.
-__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -183,10 +159,6 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
       "barrier.cluster.arrive.relaxed;\n"
       "barrier.cluster.wait;" ::
           : "memory");
-}
-// Initialised barriers are seen by the cluster and by copies, after cluster_sync.
-__device__ __forceinline__ void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 // Where block `rank` of the cluster has what this block has at `address`.
 __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
