@@ -6,6 +6,7 @@
 LOWBIT_BEGIN
 
 LOWBIT_FN int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+LOWBIT_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A first pass without memory counts the bytes: lay_out(Arena{}), then lay_out(Arena{memory}).
 struct Arena {

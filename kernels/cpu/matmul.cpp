@@ -21,8 +21,6 @@ using cpu::Product;
 
 namespace {
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class Mma>
 struct Matmul {
   using E = typename Mma::Element;

@@ -2,14 +2,12 @@
 // or spread to bytes, never looked up, and x is fixed point (fixed_point.h), three bytes an
 // element.
 //
-//   for each     16 stored rows of W, block of K
-//                  codes -> panel[16][k], bytes, in L1
-//     for each   two groups of K, a and b
-//                  A, B = panel x (largest and middle bytes of x), of each group
-//                  C    = panel x (smallest bytes), of both
-//                  sum[n] += scale[n][a] * (step[a] * A[n]) + scale[n][b] * (step[b] * B[n])
-//                          + scale[n][a, b] * (step[a, b] * C[n])
-//                          + bias[n][a, b] * (group sums of x)[a, b],   n = 0..15
+//   for each   16 stored rows of W and block of K (tile_task.h), two groups of K, a and b
+//                A, B = panel x (largest and middle bytes of x), of each group
+//                C    = panel x (smallest bytes), of both
+//                sum[n] += scale[n][a] * (step[a] * A[n]) + scale[n][b] * (step[b] * B[n])
+//                        + scale[n][a, b] * (step[a, b] * C[n])
+//                        + bias[n][a, b] * (group sums of x)[a, b],   n = 0..15
 //
 // Columns 2t and 2t + 1 of a tile belong to row t of x: in A and B they are the largest and the
 // middle bytes, in C the groups a and b. They are added at the end.
@@ -18,9 +16,9 @@
 #include <type_traits>
 
 #include "activations.h"
-#include "arena.h"
 #include "fixed_point.h"
 #include "simd_amx.h"
+#include "tile_task.h"
 
 LOWBIT_BEGIN
 
@@ -28,7 +26,8 @@ template <class Code>
 struct ByteTileMatvec {
   static constexpr int kBits = Code::kBits;
   using Codes = ByteCodes<kBits, 4>;  // in natural order
-  static constexpr int64_t kBlock = 512, kLd = kBlock + 64, kMaxRows = 8, kTile = 1024;
+  using Task = TileTask<uint8_t>;
+  static constexpr int64_t kBlock = Task::kBlock, kLd = Task::kLd, kMaxRows = 8, kTile = 1024;
   static constexpr int kDepth = 22;
 
   const cpu::Product& p;
@@ -36,21 +35,18 @@ struct ByteTileMatvec {
   const int64_t K = p.w.columns, N = p.w.rows, M = p.x.count;
   const int64_t group = p.w.group_size, groups = K / group, pairs_of_groups = (groups + 1) / 2;
   const int64_t step_codes = group < 64 ? group : 64;  // along K in a tile
-  const int64_t room_groups = Groups::padded(groups);
+  Task tasks{p, pool.threads, 256};
 
-  int8_t* x = nullptr;        // [step][largest and middle, smallest][k/4][column][k%4]
-  float* steps = nullptr;     // [pair of groups][a, b, both][column], x_sums[column]
-  float* rows = nullptr;      // [row of x][K]
-  uint8_t* panels = nullptr;  // per thread: [16][kLd]
-  float* scales = nullptr;    // per thread: [16][scale, bias][room_groups]
+  int8_t* x = nullptr;     // [step][largest and middle, smallest][k/4][column][k%4]
+  float* steps = nullptr;  // [pair of groups][a, b, both][column], x_sums[column]
+  float* rows = nullptr;   // [row of x][K]
   bool extreme_x = false;
 
   size_t lay_out(Arena a) {
     x = a.take<int8_t>(K / step_codes * 2 * kTile + kTile);
     steps = a.take<float>(pairs_of_groups * 64);
     rows = a.take<float>(kMaxRows * up(K, 64));
-    panels = a.take<uint8_t>(pool.threads * 16 * kLd);
-    scales = a.take<float>(pool.threads * 32 * room_groups);
+    tasks.lay_out(a);
     return a.used;
   }
 
@@ -144,11 +140,11 @@ struct ByteTileMatvec {
       const float* s = scale + k / group;
       const float* xs = step + k / span * 64;
       const f32 a = load(xs), b = load(xs + 16), small = load(xs + 32), x_sums = load(xs + 48);
-      for (int n = 0; n < 16; n++, s += 2 * room_groups) {
+      for (int n = 0; n < 16; n++, s += 2 * tasks.room_groups) {
         f32 t = fma(mul(floats(c[set][0] + n * 16), a), splat(s[0]), total[n]);
         t = fma(mul(floats(c[set][1] + n * 16), b), splat(s[1]), t);
         t = fma(mul(floats(c[set][2] + n * 16), small), both(s), t);
-        total[n] = fma(x_sums, both(s + room_groups), t);
+        total[n] = fma(x_sums, both(s + tasks.room_groups), t);
       }
     };
     for (int64_t k = 0; k < depth; k += 2 * span) {
@@ -160,46 +156,26 @@ struct ByteTileMatvec {
     for (int n = 0; n < 16; n++) store(sum + n * 16, total[n]);
   }
 
-  int64_t task_rows() const {
-    const int64_t share = up((N + pool.threads * 4 - 1) / (pool.threads * 4), 16);
-    return share < 128 ? share : 128;
-  }
-
   void task(int64_t n0, int thread) const {
-    tiles::configure_bytes(int(step_codes / 4));
-    for (int64_t n = n0; n < n0 + task_rows() && n < N; n += 16) rows16(n, thread);
-    tiles::release();
-  }
-
-  void rows16(int64_t n0, int thread) const {
-    uint8_t* panel = panels + thread * 16 * kLd;
-    float* scale = scales + thread * 32 * room_groups;
-    alignas(64) float sum[256] = {};
-    const int64_t count_rows = N - n0 < 16 ? N - n0 : 16;
-    const auto stored_row = [&](int64_t n) {
-      return n0 + (n < count_rows ? n : count_rows - 1);
+    const auto spread = [](const uint8_t* from, int64_t depth, int64_t, int64_t, uint8_t* out) {
+      decode(from, depth, out);
     };
-    for (int64_t n = 0; n < 16; n++) {
-      float* s = scale + n * 2 * room_groups;
-      Groups{s, s + room_groups}.read(p.w, stored_row(n), 0, groups, 0.0f);
-    }
-    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-      const int64_t count = K - k0 < kBlock ? K - k0 : kBlock;
-      for (int64_t n = 0; n < 16; n++) {
-        const uint8_t* from = p.w.codes + stored_row(n) * p.w.row_bytes + k0 * kBits / 8;
-        for (int64_t line = 0; line < count * kBits / 8; line += 64)
-          __builtin_prefetch(from + 16 * p.w.row_bytes + line);
-        decode(from, count, panel + n * kLd);
-      }
-      accumulate(panel, scale + k0 / group, count, x + k0 / step_codes * 2 * kTile,
+    const auto multiply = [&](const uint8_t* panel, const float* scale, const float*,
+                              float* sum, int64_t k0, int64_t depth) {
+      accumulate(panel, scale, depth, x + k0 / step_codes * 2 * kTile,
                  steps + k0 / group / 2 * 64, sum);
-    }
-    for (int64_t m = 0; m < M; m++) {
-      float line[16 + kLanes];
-      for (int64_t n = 0; n < count_rows; n++)
-        line[n] = sum[n * 16 + 2 * m] + sum[n * 16 + 2 * m + 1];
-      write_row(p.y, m, n0, count_rows, line);
-    }
+    };
+    const auto write = [&](const float* sum, int64_t n, int64_t count) {
+      for (int64_t m = 0; m < M; m++) {
+        float line[16 + kLanes];
+        for (int64_t i = 0; i < count; i++)
+          line[i] = sum[i * 16 + 2 * m] + sum[i * 16 + 2 * m + 1];
+        write_row(p.y, m, n, count, line);
+      }
+    };
+    tiles::configure_bytes(int(step_codes / 4));
+    tasks.run(n0, thread, 0.0f, false, spread, multiply, write);
+    tiles::release();
   }
 
   bool run() {
@@ -210,9 +186,8 @@ struct ByteTileMatvec {
       pack(i * piece, last < pairs_of_groups ? last : pairs_of_groups);
     });
     if (extreme_x) return false;
-    const int64_t size = task_rows();
-    cpu::parallel_for(pool, (N + size - 1) / size,
-                      [&](int64_t i, int thread) { task(i * size, thread); });
+    cpu::parallel_for(pool, (N + tasks.rows - 1) / tasks.rows,
+                      [&](int64_t i, int thread) { task(i * tasks.rows, thread); });
     return true;
   }
 };

@@ -4,12 +4,12 @@
 // is rounded. Float32 x is the exact sum of three bfloat16 and float16 x of two, so that tiles
 // serve them as well; while x has few rows, the parts share a tile's 16 columns.
 //
-//   for each     16 stored rows of W, block of K
-//                  codes -> panel[16][k], in L1
-//     for each   16 rows of x, group of K
-//                  C = panel x X over the group (1 to 4 steps of 32, times the tiles that the
-//                  parts of x fill)
-//                  sum[n] += scale[n] * C[n] + bias[n] * (group sum of x), n = 0..15
+//   for each   16 stored rows of W and block of K (tile_task.h), 16 rows of x, group of K
+//                C = panel x X over the group (1 to 4 steps of 32, times the tiles that the
+//                parts of x fill)
+//                sum[n] += scale[n] * C[n] + bias[n] * (group sum of x), n = 0..15
+//
+// Up to 8 columns, tiles have 8: as many cycles, but half of x and of C to read and write.
 //
 // nvfp4's groups of 16 are shorter than a tile's 32 along K; scale times code is exact in
 // bfloat16 there, so its panel holds weights, and 128 of them count as one group of scale 1:
@@ -17,9 +17,9 @@
 #pragma once
 
 #include "activations.h"
-#include "arena.h"
 #include "exact.h"
 #include "simd_amx.h"
+#include "tile_task.h"
 
 LOWBIT_BEGIN
 
@@ -31,7 +31,7 @@ template <class F>
 struct TileDecoderOf {
   struct type : ExactDecoder<typename F::Code> {
     static constexpr bool kFolded = false;
-    void row(const uint8_t* p, int64_t count, const float*, bf16* out) const {
+    void row(const uint8_t* p, int64_t count, const uint8_t*, bf16* out) const {
       ExactDecoder<typename F::Code>::row(p, count, out);
     }
   };
@@ -39,57 +39,50 @@ struct TileDecoderOf {
 template <class F>
   requires(F::kGroup < 32)
 struct TileDecoderOf<F> {
-  struct type : FoldedDecoder<F> {
+  struct type : ProductDecoder<F> {
     static constexpr bool kFolded = true;
-    void row(const uint8_t* p, int64_t count, const float* scale, bf16* out) const {
-      FoldedDecoder<F>::row(p, count, scale, scale, out);
-    }
+    static constexpr float kOffset = 0.0f;
   };
 };
 
 template <class Decoder>
 struct TileMatvec {
-  static constexpr int64_t kBlock = 512, kLd = kBlock + 32;  // of K; a panel is 17 KiB
+  using Task = TileTask<bf16>;
+  static constexpr int64_t kBlock = Task::kBlock, kLd = Task::kLd;
 
   const cpu::Product& p;
   const Pool& pool;
   const Decoder& decoder;
-  const int bits = kFormats[int(p.format)].bits;
   const int64_t K = p.w.columns, Kp = up(K, 32), N = p.w.rows, M = p.x.count;
   const int64_t blocks = (M + 15) / 16;  // of x
   const int64_t stored_group = p.w.group_size;
   const int64_t group = Decoder::kFolded ? 128 : stored_group;  // that a C tile covers
   const int64_t groups = (Kp + group - 1) / group;
-  const int64_t room_groups = Groups::padded(K / stored_group);
   // bfloat16 parts of an element of x. A quantized x has one.
   const int parts = p.x.quantize != Format::dense || p.x.dtype == Dtype::bf16 ? 1
                     : p.x.dtype == Dtype::f16                                 ? 2
                                                                               : 3;
-  // Part i of row t has column i * width + t, counted through `products` tiles of 16 columns;
+  // Part i of row t has column i * width + t, counted through `products` tiles of `columns`;
   // up to 8 rows leave room for several parts in one tile, whose columns are summed at the end
   // (float32 x, M = 8, 4096 x 4096, Xeon with AMX shared with others, 2026-11-22, best of two
-  // rounds: 4-bit g64 1.97 -> 1.71 ms, 8-bit g64 2.29 -> 1.75). A part of 8 columns in tiles of
-  // 8 columns instead would gain nothing: loads, products and stores of a tile take as long
-  // (8, 16, 17 cycles).
+  // rounds: 4-bit g64 1.97 -> 1.71 ms, 8-bit g64 2.29 -> 1.75).
   const int width = M > 8 ? 16 : int(M) * parts > 16 ? 8 : int(M);
+  const int columns = width * parts <= 8 ? 8 : 16;
   const int products = (width * parts + 15) / 16;
   const int parts_side_by_side = parts < 16 / width ? parts : 16 / width;
+  Task tasks{p, pool.threads, blocks * 16 * columns};
 
-  bf16* x = nullptr;        // [16 tokens][k/32][product][k/2 % 16][column][k%2]
-  float* x_sums = nullptr;  // [16 tokens][group][column], 0 beyond the first parts
-  float* rows = nullptr;    // per thread: kBlock elements of a row of x
-  bf16* panels = nullptr;   // per thread: [16][kLd]
-  float* scales = nullptr;  // per thread: [16][scale, bias][room_groups]
-  float* sums = nullptr;    // per thread: [16 tokens][16 rows][column]
+  bf16* x = nullptr;  // [16 tokens][k/32][product][k/2 % 16][column][k%2]
+  float* x_sums =
+      nullptr;            // [16 tokens][group][16 / columns][column], 0 beyond the first parts
+  float* rows = nullptr;  // per thread: kBlock elements of a row of x
   bool extreme_x = false;
 
   size_t lay_out(Arena a) {
-    x = a.take<bf16>(blocks * 16 * Kp * products);
+    x = a.take<bf16>(blocks * columns * Kp * products);
     x_sums = a.take<float>(blocks * 16 * groups);
     rows = a.take<float>(pool.threads * (kBlock + 32));
-    panels = a.take<bf16>(pool.threads * 16 * kLd);
-    scales = a.take<float>(pool.threads * 32 * room_groups);
-    sums = a.take<float>(pool.threads * blocks * 256);
+    tasks.lay_out(a);
     return a.used;
   }
 
@@ -97,9 +90,9 @@ struct TileMatvec {
   void pack(int64_t block, int64_t k0, int thread) {
     float* row = rows + thread * (kBlock + 32);
     const int64_t count = K - k0 < kBlock ? K - k0 : kBlock, padded = up(count, 32);
-    bf16* out = x + (block * Kp + k0) * products * 16;
+    bf16* out = x + (block * Kp + k0) * products * columns;
     float* out_sums = x_sums + (block * groups + k0 / group) * 16;
-    std::memset(out, 0, size_t(padded * products * 16) * sizeof(bf16));
+    std::memset(out, 0, size_t(padded * products * columns) * sizeof(bf16));
     std::memset(out_sums, 0, size_t((padded + group - 1) / group * 16) * sizeof(float));
     for (int64_t t = 0; t < 16 && block * 16 + t < M; t++) {
       read_row(p.x, block * 16 + t, k0, count, row);
@@ -112,7 +105,7 @@ struct TileMatvec {
         f32 sum = zero();
         for (int64_t k = g * group; k < (g + 1) * group && k < padded; k += 16)
           sum = add(sum, load(row + k));
-        out_sums[g * 16 + t] = reduce(sum);
+        for (int i = 0; i < 16; i += columns) out_sums[g * 16 + i + t] = reduce(sum);
       }
       for (int64_t k = 0; k < padded; k += 32) {
         f32 low = load(row + k), high = load(row + k + 16);
@@ -120,8 +113,9 @@ struct TileMatvec {
           alignas(64) bf16 rounded[32];
           _mm512_store_si512(rounded, round_pairs(low, high));
           const int64_t column = part * width + t;
-          bf16* to = out + (k * products + column / 16 * 32) * 16 + column % 16 * 2;
-          for (int64_t i = 0; i < 16; i++) std::memcpy(to + i * 32, rounded + 2 * i, 4);
+          bf16* to = out + (k * products + column / 16 * 32) * columns + column % 16 * 2;
+          for (int64_t i = 0; i < 16; i++)
+            std::memcpy(to + i * columns * 2, rounded + 2 * i, 4);
           if (part + 1 == parts) break;
           low = _mm512_sub_ps(low, load(rounded)),
           high = _mm512_sub_ps(high, load(rounded + 16));
@@ -138,100 +132,92 @@ struct TileMatvec {
   }
 
   // 32 elements of K into C tile `c`; none from `end` on.
-  template <int c>
+  template <int c, int kColumns>
   LOWBIT_FN void step(const bf16* panel, const bf16* xb, int64_t k, int64_t end) const {
     if (k >= end) return;
     tiles::load<4 + c % 2>(panel + k, kLd * sizeof(bf16));
     for (int i = 0; i < products; i++) {
-      tiles::load<6 + c % 2>(xb + (k * products + i * 32) * 16, 64);
+      tiles::load<6 + c % 2>(xb + (k * products + i * 32) * kColumns, kColumns * 4);
       tiles::multiply<c, 4 + c % 2, 6 + c % 2>();
     }
   }
 
+  // What belongs to vector v of a tile: one row's scale, or those of two rows of 8 columns.
+  template <int kColumns>
+  LOWBIT_FN f32 of_rows(const float* scale, int v) const {
+    if constexpr (kColumns == 16) return splat(scale[v * 2 * tasks.room_groups]);
+    const float* two = scale + v * 4 * tasks.room_groups;
+    return _mm512_mask_broadcastss_ps(splat(two[0]), 0xff00,
+                                      _mm_load_ss(two + 2 * tasks.room_groups));
+  }
+
   // All groups of one block of K against one block of x, four at a time, in turns.
+  template <int kColumns>
   void accumulate(const bf16* panel, const float* scale, const float* bias, int64_t depth,
                   const bf16* xb, const float* xs, float* sum) const {
-    alignas(64) float c[4][256];
-    f32 total[16];
-    for (int n = 0; n < 16; n++) total[n] = load(sum + n * 16);
+    constexpr int kVectors = kColumns;  // of 16 x kColumns sums
+    alignas(64) float c[4][16 * kColumns];
+    f32 total[kVectors];
+    for (int v = 0; v < kVectors; v++) total[v] = load(sum + v * 16);
     const auto apply = [&](int64_t g, const float* tile) {
       const f32 group_sum = load(xs + g * 16);
-      for (int n = 0; n < 16; n++) {
-        const int64_t at = n * 2 * room_groups + g;
+      for (int v = 0; v < kVectors; v++) {
+        const f32 products = load(tile + v * 16);
         if constexpr (Decoder::kFolded) {
-          total[n] = add(load(tile + n * 16), total[n]);
+          total[v] = add(products, total[v]);
         } else {
-          total[n] = fma(load(tile + n * 16), splat(scale[at]), total[n]);
-          if (bias) total[n] = fma(group_sum, splat(bias[at]), total[n]);
+          total[v] = fma(products, of_rows<kColumns>(scale + g, v), total[v]);
+          if (bias) total[v] = fma(group_sum, of_rows<kColumns>(bias + g, v), total[v]);
         }
       }
     };
+    constexpr size_t kStride = kColumns * sizeof(float);
     const int64_t count = (depth + group - 1) / group;
     for (int64_t g = 0; g < count; g += 4) {
       tiles::clear<0>(), tiles::clear<1>(), tiles::clear<2>(), tiles::clear<3>();
       for (int64_t k = g * group; k < (g + 1) * group; k += 32) {
-        step<0>(panel, xb, k, depth);
-        step<1>(panel, xb, k + group, depth);
-        step<2>(panel, xb, k + 2 * group, depth);
-        step<3>(panel, xb, k + 3 * group, depth);
+        step<0, kColumns>(panel, xb, k, depth);
+        step<1, kColumns>(panel, xb, k + group, depth);
+        step<2, kColumns>(panel, xb, k + 2 * group, depth);
+        step<3, kColumns>(panel, xb, k + 3 * group, depth);
       }
-      tiles::store<0>(c[0], 64), tiles::store<1>(c[1], 64);
-      tiles::store<2>(c[2], 64), tiles::store<3>(c[3], 64);
+      tiles::store<0>(c[0], kStride), tiles::store<1>(c[1], kStride);
+      tiles::store<2>(c[2], kStride), tiles::store<3>(c[3], kStride);
       for (int i = 0; i < 4 && g + i < count; i++) apply(g + i, c[i]);
     }
-    for (int n = 0; n < 16; n++) store(sum + n * 16, total[n]);
-  }
-
-  // Rows of a task: many, so that the rows prefetched while 16 are in work are this thread's
-  // next.
-  int64_t task_rows() const {
-    const int64_t share = up((N + pool.threads * 4 - 1) / (pool.threads * 4), 16);
-    return share < 128 ? share : 128;
+    for (int v = 0; v < kVectors; v++) store(sum + v * 16, total[v]);
   }
 
   void task(int64_t n0, int thread) const {
-    tiles::configure();
-    for (int64_t n = n0; n < n0 + task_rows() && n < N; n += 16) rows16(n, thread);
-    tiles::release();
-  }
-
-  void rows16(int64_t n0, int thread) const {
-    bf16* panel = panels + thread * 16 * kLd;
-    float* scale = scales + thread * 32 * room_groups;
-    float* sum = sums + thread * blocks * 256;
-    const int64_t count_rows = N - n0 < 16 ? N - n0 : 16;
-    for (int64_t i = 0; i < blocks * 256; i++) sum[i] = 0.0f;
-    const auto stored_row = [&](int64_t n) {
-      return n0 + (n < count_rows ? n : count_rows - 1);
+    const auto* scales = static_cast<const uint8_t*>(p.w.scales);
+    const auto decode = [&](const uint8_t* from, int64_t depth, int64_t row, int64_t k0,
+                            bf16* out) {
+      decoder.row(from, depth, scales + (row * K + k0) / stored_group, out);
     };
-    for (int64_t n = 0; n < 16; n++) {
-      float* s = scale + n * 2 * room_groups;
-      Groups{s, p.w.biases ? s + room_groups : nullptr}.read(p.w, stored_row(n), 0,
-                                                             K / stored_group, decoder.kOffset);
-    }
-    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-      const int64_t count = K - k0 < kBlock ? K - k0 : kBlock;
-      const float* here = scale + k0 / stored_group;
-      for (int64_t n = 0; n < 16; n++) {
-        const uint8_t* from = p.w.codes + stored_row(n) * p.w.row_bytes + k0 * bits / 8;
-        for (int64_t line = 0; line < count * bits / 8; line += 64)
-          __builtin_prefetch(from + 16 * p.w.row_bytes + line);
-        decoder.row(from, count, here + n * 2 * room_groups, panel + n * kLd);
-      }
+    const auto multiply = [&](const bf16* panel, const float* scale, const float* bias,
+                              float* sum, int64_t k0, int64_t depth) {
+      const auto serve =
+          columns == 8 ? &TileMatvec::accumulate<8> : &TileMatvec::accumulate<16>;
       for (int64_t b = 0; b < blocks; b++)
-        accumulate(panel, here, p.w.biases ? here + room_groups : nullptr, up(count, 32),
-                   x + (b * Kp + k0) * products * 16, x_sums + (b * groups + k0 / group) * 16,
-                   sum + b * 256);
-    }
-    for (int64_t m = 0; m < M; m++) {
-      float line[16 + kLanes];
-      for (int64_t n = 0; n < count_rows; n++) {
-        const float* columns = sum + m / 16 * 256 + n * 16 + m % 16;
-        line[n] = columns[0];
-        for (int i = 1; i < parts_side_by_side; i++) line[n] += columns[i * width];
+        (this->*serve)(panel, scale, bias, up(depth, 32),
+                       x + (b * Kp + k0) * products * columns,
+                       x_sums + (b * groups + k0 / group) * 16, sum + b * 16 * columns);
+    };
+    const auto write = [&](const float* sum, int64_t n, int64_t count) {
+      for (int64_t m = 0; m < M; m++) {
+        const float* from = sum + m / 16 * 16 * columns + m % 16;
+        float line[16 + kLanes];
+        for (int64_t i = 0; i < count; i++) {
+          line[i] = from[i * columns];
+          for (int part = 1; part < parts_side_by_side; part++)
+            line[i] += from[i * columns + part * width];
+        }
+        write_row(p.y, m, n, count, line);
       }
-      write_row(p.y, m, n0, count_rows, line);
-    }
+    };
+    tiles::configure(columns);
+    tasks.run(n0, thread, decoder.kOffset, Decoder::kFolded, decode, multiply, write);
+    tiles::release();
   }
 
   bool run() {
@@ -241,9 +227,8 @@ struct TileMatvec {
       pack(i / pieces, i % pieces * kBlock, thread);
     });
     if (extreme_x) return false;
-    const int64_t size = task_rows();
-    cpu::parallel_for(pool, (N + size - 1) / size,
-                      [&](int64_t i, int thread) { task(i * size, thread); });
+    cpu::parallel_for(pool, (N + tasks.rows - 1) / tasks.rows,
+                      [&](int64_t i, int thread) { task(i * tasks.rows, thread); });
     return true;
   }
 };

@@ -107,7 +107,13 @@ inline void decode_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1,
   const int64_t count = (k1 - k0) / F::kGroup;
   const Groups groups{room, F::kHasBias ? room + Groups::padded(count) : nullptr};
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Out, bf16> && kHasExactCodes<typename F::Code>) {
+  if constexpr (std::is_same_v<Out, bf16> && F::kGroup == 16) {
+    static const ProductDecoder<F> decoder;
+    const auto* scales = static_cast<const uint8_t*>(w.scales);
+    decoder.row(w.codes + row * w.row_bytes + k0 * F::kBits / 8, k1 - k0,
+                scales + (row * w.columns + k0) / F::kGroup, out);
+    return;
+  } else if constexpr (std::is_same_v<Out, bf16> && kHasExactCodes<typename F::Code>) {
     static const FoldedDecoder<F> decoder;
     groups.read(w, row, k0 / F::kGroup, count, decoder.kOffset);
     decoder.row(w.codes + row * w.row_bytes + k0 * F::kBits / 8, k1 - k0, groups.scale,

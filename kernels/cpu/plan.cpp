@@ -75,9 +75,10 @@ namespace {
 // Fixed point takes 15 vector instructions for 128 codes of 4 bits, lanes 25: 7.5 and 12.5
 // cycles on the Xeon's two ports. K = N = 4096, bfloat16 x, two cores, best of two rounds in
 // turns, ms (Xeon with AMX, 2026-11-22):
-//   M = 1  4-bit fixed 0.285, lanes 0.41, pairs 0.43; 3-bit 0.31, 0.43, 0.47; 8-bit 0.40, 0.78,
-//   0.60 M = 4  4-bit byte tiles 0.78, fixed 0.91; 3-bit 0.72, 0.97; 8-bit 1.08, 1.19 M = 8
-//   4-bit byte tiles 0.80, tiles 0.79; 3-bit 0.73, 0.77; 8-bit 1.05, 1.16
+//   M = 1   4-bit fixed 0.285, lanes 0.41, pairs 0.43; 3-bit 0.31, 0.43, 0.47;
+//           8-bit 0.40, 0.78, 0.60
+//   M = 4   4-bit byte tiles 0.78, fixed 0.91; 3-bit 0.72, 0.97; 8-bit 1.08, 1.19
+//   M = 8   4-bit byte tiles 0.80, tiles 0.79; 3-bit 0.73, 0.77; 8-bit 0.90, 1.11
 // Zen 4, beside other work, best of three rounds in turns:
 //   bfloat16 x    M = 1 4-bit pairs 0.20, fixed 0.23; 8-bit pairs 0.39, fixed 0.34
 //                 M = 2 8-bit pairs 0.50, fixed 0.55

@@ -17,8 +17,11 @@ struct Register {
   alignas(64) float row[16][16];
 };
 inline thread_local Register registers[8];
+inline thread_local size_t row_bytes[8];
 
-inline void configure() {}
+inline void configure(int columns = 16) {
+  for (int t = 0; t < 8; t++) row_bytes[t] = t == 4 || t == 5 ? 64 : size_t(4 * columns);
+}
 inline void release() {}
 template <int t>
 LOWBIT_FN void clear() {
@@ -27,12 +30,12 @@ LOWBIT_FN void clear() {
 template <int t>
 LOWBIT_FN void load(const void* p, size_t stride) {
   for (int i = 0; i < 16; i++)
-    std::memcpy(registers[t].row[i], static_cast<const char*>(p) + i * stride, 64);
+    std::memcpy(registers[t].row[i], static_cast<const char*>(p) + i * stride, row_bytes[t]);
 }
 template <int t>
 LOWBIT_FN void store(void* p, size_t stride) {
   for (int i = 0; i < 16; i++)
-    std::memcpy(static_cast<char*>(p) + i * stride, registers[t].row[i], 64);
+    std::memcpy(static_cast<char*>(p) + i * stride, registers[t].row[i], row_bytes[t]);
 }
 template <int c, int a, int b>
 LOWBIT_FN void multiply() {
@@ -59,7 +62,7 @@ LOWBIT_FN void multiply_bytes(int words) {
     _mm512_storeu_si512(registers[c].row[m], sum);
   }
 }
-inline void configure_bytes(int) {}
+inline void configure_bytes(int) { configure(); }
 
 #else
 
@@ -69,11 +72,17 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-inline void configure(const Config& config = {}) {
+inline void configure(const Config& config) {
   // gcc 12 gives _tile_loadconfig a memory operand that is too small and drops the stores
   // above.
   asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
+}
+// For results of `columns` columns: tiles 0 to 3 as C, 4 and 5 as A, 6 and 7 as B.
+inline void configure(int columns = 16) {
+  Config config;
+  for (int t : {0, 1, 2, 3, 6, 7}) config.columns_bytes[t] = uint16_t(4 * columns);
+  configure(config);
 }
 // For steps of `words` words of four bytes: tiles 0 to 5 as before, 6 as A and 7 as B.
 inline void configure_bytes(int words) {
