@@ -1,11 +1,12 @@
-"""Products on an NVIDIA GPU, kernels alone: ours, cuBLAS (torch, bfloat16) and torch's int4pack.
+"""Products on an NVIDIA GPU, kernels alone: ours, cuBLAS (torch, bfloat16) and peers.
 
     cmake --build BUILD --target lowbit_cuda_library
     python -m benchmarks.cuda --library BUILD/kernels/cuda/liblowbit_cuda_library.so
 
 Times are CUDA-graph replays, microseconds a call, over as many copies of the weights as make four
 times the L2 cache: the median of nine replays, and their spread. Results are compared with a
-float64 product of decoded bits first; a wrong one is not timed. Needs torch with CUDA, not MLX.
+float64 product of decoded bits first; a wrong one is not timed. Needs torch with CUDA; `--peers`
+adds torch's int4pack, humming-kernels and MLX's own products where they are installed.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import argparse
 import ctypes
 import datetime
 import json
-import math
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-DEVICE = "cuda"
+from . import peers
+from .timing import DEVICE, Rows, copies, replay
+
 # As in kernels/formats/formats.def, which this file reads: name, mode, bits, group size.
 FORMATS_DEF = Path(__file__).parents[2] / "kernels" / "formats" / "formats.def"
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
@@ -119,57 +119,12 @@ class Library:
             raise RuntimeError(f"{f.name} {tuple(x.shape)}: CUDA error {status}")
 
 
-def replay(calls: list[Callable[[], object]]) -> tuple[float, float]:
-    """(median, half the spread over the median) of one call, in microseconds."""
-    repeats = max(1, 40 // len(calls))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-        graph.replay()
-        times = []
-        for _ in range(9):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / (repeats * len(calls)))
-    median = statistics.median(times)
-    return median, (max(times) - min(times)) / 2 / median
-
-
-def copies(nbytes: int) -> int:
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, math.ceil(4 * cache / nbytes))
-
-
-def measure_torch(K: int, N: int, ms: list[int]) -> dict[int, tuple[float, float]]:
+def measure_torch(K: int, N: int, ms: list[int]) -> Rows:
     weights = [torch.randn(N, K, device=DEVICE).bfloat16() * 0.02 for _ in range(copies(2 * N * K))]
     rows = {}
     for M in ms:
         x = torch.randn(M, K, device=DEVICE).bfloat16()
         rows[M] = replay([lambda w=w, x=x: x @ w.T for w in weights])
-    return rows
-
-
-def measure_int4pack(K: int, N: int, ms: list[int]) -> dict[int, tuple[float, float]]:
-    one = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE)
-    scales = torch.rand(K // 64, N, 2, device=DEVICE).bfloat16()
-    packed = torch.ops.aten._convert_weight_to_int4pack(one, 8)
-    every = [packed.clone() for _ in range(copies(N * K // 2))]
-    rows = {}
-    for M in ms:
-        x = torch.randn(M, K, device=DEVICE).bfloat16()
-        rows[M] = replay(
-            [lambda w=w, x=x: torch.ops.aten._weight_int4pack_mm(x, w, 64, scales) for w in every]
-        )
     return rows
 
 
@@ -207,6 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=["4096x14336", "14336x4096", "4096x4096"])
     parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048])
+    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=["int4pack"])
     parser.add_argument("--quantize-x", action="store_true", help="qqmm: mxfp8 and nvfp4 only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -228,10 +184,10 @@ def main() -> None:
         dense = measure_torch(K, N, options.m)
         for M, (median, spread) in dense.items():
             add("torch bf16", K, N, M, median, spread, median)
-        for M, (median, spread) in measure_int4pack(
-            K, N, [m for m in options.m if m <= 64]
-        ).items():
-            add("torch int4pack", K, N, M, median, spread, dense[M][0])
+        for peer in options.peers:
+            for who, rows_of in peers.measure(peer, K, N, options.m, options.formats).items():
+                for M, (median, spread) in rows_of.items():
+                    add(who, K, N, M, median, spread, dense[M][0])
         for name in options.formats:
             ours = measure_ours(run, known[name], K, N, options.m, options.quantize_x)
             for M, (median, spread, error) in ours.items():
@@ -240,7 +196,7 @@ def main() -> None:
         about = {
             "device": torch.cuda.get_device_name(0),
             "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__,
+            "versions": peers.versions(),
             "cuda": torch.version.cuda,
             "method": __doc__,
         }

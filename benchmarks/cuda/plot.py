@@ -46,7 +46,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
     for who in dict.fromkeys(row["who"] for row in rows):
         own = sorted((row["M"], row["us"]) for row in rows if row["who"] == who)
-        style = "--" if who.startswith("torch") else "-"
+        style = "--" if who not in STORED_BITS else "-"
         (line,) = axes.loglog(*zip(*own, strict=True), style, marker=".", label=who)
         if who in STORED_BITS:
             floors = [floor_us(STORED_BITS[who], M, N, K) for M, _ in own]

@@ -228,7 +228,6 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
         table[i] = s | s << 16;
       }
     }
-    __syncwarp();
     sync_threads<Shape::kThreads>(Base::kBegun);
     return !sync_any<Shape::kWorkers>(kBarrier, largest >= __float_as_uint(0x1p100f));
   }
@@ -315,7 +314,6 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
       }
       store_sums(y, room + waiting * Shape::kTileSums + warp * Shape::kWarpSums + g);
       if (++waiting < Shape::kFlush && tile + 1 < tiles) continue;
-      __syncwarp();
       sync_threads<Shape::kWorkers>(kBarrier);
       for (int i = warp * 32 + lane; i < waiting * kRows * TOK; i += Shape::kWorkers) {
         const int r = i % kRows, token = i / kRows % TOK, which = i / kRows / TOK;
@@ -327,12 +325,10 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
         if (plain) keep<split>(tile - waiting + 1 + which, r, token, sum);
       }
       // The other room is free: its sums were read before the barrier just passed.
-      if constexpr (Shape::kRooms == 1) {
-        __syncwarp();
+      if constexpr (Shape::kRooms == 1)
         sync_threads<Shape::kWorkers>(kBarrier);
-      } else {
+      else
         room = rooms + (room == rooms ? Shape::kFlush * Shape::kTileSums : 0);
-      }
       waiting = 0;
     }
     if (!plain) {
