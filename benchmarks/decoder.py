@@ -13,10 +13,12 @@ compiled at first use is not in it; `first` is the first one, in seconds. Decodi
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -120,6 +122,19 @@ def measure(weights: str, batches: list[int], prompt: int, tokens: int, layers: 
     return rows
 
 
+def write(path: Path, rows: list[dict]) -> None:
+    """All rows so far: a run takes minutes, most of them MLX's compiler's."""
+    about = {
+        "device": device_name(),
+        "date": datetime.date.today().isoformat(),
+        "mlx": mx.__version__,
+        "mlx_lm": version("mlx-lm"),
+    }
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    scratch.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -143,13 +158,8 @@ def main() -> None:
                 f"peak memory {row['peak_memory_gb']:.1f} GB",
                 flush=True,
             )
-    if options.json:
-        scratch = options.json.with_suffix(".tmp")
-        scratch.write_text(
-            json.dumps({"device": device_name(), "mlx": mx.__version__, "rows": rows}, indent=1)
-            + "\n"
-        )
-        scratch.replace(options.json)
+        if options.json:
+            write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,22 @@ def decode(fmt: Any, w: Weight, global_scale: float | None = None) -> np.ndarray
     return values if global_scale is None else values * (float(global_scale) / NVFP4_RANGE)
 
 
-# --- encode, as mx.quantize of MLX 0.32.4 does on the CPU -------------------------------------
+# --- encode, as mx.quantize of MLX 0.32.4 does on the device in use ----------------------------
+#
+# MLX's kernels for the CPU and for CUDA differ in ties, in what they round on the way and in the
+# scale of a zero group. Ours follow each on its device, and so do these functions.
+
+
+def on_gpu() -> bool:
+    """Whether the default device, hence whatever a test runs, is a GPU."""
+    return mx.default_device() == mx.gpu
+
+
+def to_integer(x: np.ndarray) -> np.ndarray:
+    """float32 integers; halves go to the even one on the CPU, away from zero on a GPU."""
+    if not on_gpu():
+        return np.rint(x)
+    return np.trunc(x + np.copysign(0.5, x, dtype=np.float64)).astype(np.float32)
 
 
 def encode_e4m3(x: np.ndarray) -> np.ndarray:
@@ -142,40 +157,59 @@ def encode_e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def encode_e2m1(x: np.ndarray) -> np.ndarray:
-    """e2m1 codes: nearest, every tie to the smaller magnitude, -0 and what rounds to it to +0."""
+    """e2m1 codes: the nearest.
+
+    CPU: every tie to the smaller magnitude, -0 and what rounds to it to +0.
+    GPU: ties to the even code, the sign kept on zero as well, +6 for NaN.
+    """
     thresholds = (E2M1_VALUES[:7] + E2M1_VALUES[1:8]) / 2
-    magnitude = (np.abs(x.astype(np.float64))[..., None] > thresholds).sum(-1)
-    return (magnitude + np.where((x < 0) & (magnitude > 0), 8, 0)).astype(np.uint8)
+    size = np.abs(x.astype(np.float64))[..., None]
+    magnitude = (size > thresholds).sum(-1)
+    if not on_gpu():
+        return (magnitude + np.where((x < 0) & (magnitude > 0), 8, 0)).astype(np.uint8)
+    magnitude += (size[..., 0, None] == thresholds[1::2]).any(-1)  # from odd codes: up
+    codes = magnitude + np.where(np.signbit(x), 8, 0)
+    return np.where(np.isnan(x), 7, codes).astype(np.uint8)
 
 
 def _encode_affine(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All in float32; the end of larger magnitude is reproduced, zero lies on the grid."""
+    """All in float32; the end of larger magnitude is reproduced, zero lies on the grid.
+
+    On a GPU the range reaches up to zero where all of a group is negative.
+    """
     x, steps = groups.astype(np.float32), np.float32(2**bits - 1)
     low, high = x.min(-1), x.max(-1)
+    high = np.maximum(high, np.float32(0)) if on_gpu() else high
     low_edge = np.abs(low) > np.abs(high)
     scale = np.maximum((high - low) / steps, np.float32(1e-7))
     scale = np.where(low_edge, scale, -scale)
     edge = np.where(low_edge, low, high)
-    to_zero = np.rint(edge / scale)
+    to_zero = to_integer(edge / scale)
     snapped = to_zero != 0
     scale = np.where(snapped, edge / np.where(snapped, to_zero, 1), scale)
     bias = np.where(snapped, edge, np.float32(0))
-    codes = np.clip(np.rint((x - bias[..., None]) / scale[..., None]), 0, steps)
+    codes = np.clip(to_integer((x - bias[..., None]) / scale[..., None]), 0, steps)
     return codes.astype(np.uint8), scale.astype(groups.dtype), bias.astype(groups.dtype)
+
+
+def over(amax: np.ndarray, largest: float) -> np.ndarray:
+    """amax / largest in the dtype of amax on the CPU, in float32 on a GPU."""
+    dtype = np.dtype(np.float32) if on_gpu() else amax.dtype
+    return (amax.astype(dtype) / np.array(largest, dtype)).astype(dtype)
 
 
 def mx_exponent(fmt: Any, amax: np.ndarray) -> np.ndarray:
     """The power of two that scales a group whose largest magnitude is `amax`, in w's dtype.
 
-    The quotient amax / (6 or 448) is rounded to that dtype before its exponent is rounded up.
+    It is that of amax / (6 or 448), rounded up. A zero group has 0 on the CPU, -127 on a GPU.
     """
-    largest = np.array(448.0 if fmt.bits == 8 else 6.0, amax.dtype)
-    mantissa, exponent = np.frexp((amax / largest).astype(amax.dtype).astype(np.float64))
-    return np.where(mantissa == 0, 0, exponent - (mantissa == 0.5)).astype(np.int64)
+    mantissa, exponent = np.frexp(over(amax, 448.0 if fmt.bits == 8 else 6.0).astype(np.float64))
+    zero = -127 if on_gpu() else 0
+    return np.where(mantissa == 0, zero, exponent - (mantissa == 0.5)).astype(np.int64)
 
 
 def _encode_mx(fmt: Any, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # Below 2^-127 MLX wraps the byte around (2^-128 becomes 255, infinity); here it stays 0.
+    # Below 2^-127 MLX's CPU code wraps the byte around to 255, infinity; here it stays 0.
     exponent = np.maximum(mx_exponent(fmt, np.abs(groups).max(-1)), -127)
     x = groups.astype(np.float64) * np.exp2(-exponent.astype(np.float64))[..., None]
     codes = encode_e4m3(x) if fmt.bits == 8 else encode_e2m1(x)
@@ -183,16 +217,18 @@ def _encode_mx(fmt: Any, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encode_nvfp4(groups: np.ndarray, global_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Both quotients are rounded to w's dtype; the factor of global_scale enters after that."""
+    """The CPU rounds both quotients to w's dtype, before the factor of global_scale; a group of
+    scale 0 has codes 0. A GPU multiplies by factor / scale in float32, also by infinity.
+    """
     dtype = groups.dtype
-    factor = (
-        np.float32(1)
-        if global_scale is None
-        else np.float32(NVFP4_RANGE) / np.float32(global_scale)
-    )
-    sixth = (np.abs(groups).max(-1) / np.array(6, dtype)).astype(dtype).astype(np.float32)
-    octets = encode_e4m3(sixth * factor)
+    factor = np.float32(1)
+    if global_scale is not None:
+        factor = np.float32(NVFP4_RANGE) / np.float32(global_scale)
+    octets = encode_e4m3(over(np.abs(groups).max(-1), 6.0).astype(np.float32) * factor)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if on_gpu():
+            inverse = factor / octets.view(E4M3).astype(np.float32)
+            return encode_e2m1(groups.astype(np.float32) * inverse[..., None]), octets
         x = (groups / octets.view(E4M3).astype(dtype)[..., None]).astype(dtype)
         codes = encode_e2m1(x.astype(np.float32) * factor)
     return np.where(octets[..., None] == 0, 0, codes).astype(np.uint8), octets

@@ -134,21 +134,47 @@ __device__ __forceinline__ float enlarge_by(const float* global) {
   return g > 0.0f ? __fdiv_rn(Nvfp4::kGlobalMax, g) : 1.0f;
 }
 
-// How a group of a block format is encoded: scale byte, and what elements are normalized by.
+// Encoding follows MLX's GPU kernels to the bit, as the CPU's follows MLX's CPU code; the two
+// differ, and kernels/formats states the CPU's rules. The GPU's, from the sm_90 code of
+// libmlx.so 0.32.4 and its source, are kept to this file (blocks) and encode.cuh (affine):
+//
+//   scale bytes  largest / 6 or / 448 is not rounded to the dtype of w; zero has e8m0 byte 0
+//   elements     multiplied by enlarge / scale, in float32 throughout
+//   e2m1         ties to even, and what rounds to zero keeps its sign
+//
+// A group of nvfp4 whose scale is zero is multiplied by infinity: codes of +-6, which decode to
+// zero, also where the product is NaN.
+
+// One code, chosen as MLX chooses it on a GPU.
+template <class Code>
+__device__ __forceinline__ uint32_t encode_element(float x) {
+  return Code::encode(x);
+}
+template <>
+__device__ __forceinline__ uint32_t encode_element<E2m1>(float x) {
+  const float a = magnitude(x);  // NaN passes every threshold
+  const uint32_t code = uint32_t(!(a <= 0.25f)) + uint32_t(!(a < 0.75f)) +
+                        uint32_t(!(a <= 1.25f)) + uint32_t(!(a < 1.75f)) +
+                        uint32_t(!(a <= 2.5f)) + uint32_t(!(a < 3.5f)) + uint32_t(!(a <= 5.0f));
+  return code | (to_bits(x) >> 28 & 8u);
+}
+
+// How a group of a block format is encoded: scale byte, and what elements are multiplied by.
 template <class F>
 struct Block {
   uint32_t scale;
-  float step, enlarge;
+  float factor;
 
   // most: bits of the group's largest magnitude.
-  __device__ __forceinline__ Block(uint32_t most, float enlarge, RoundTo round)
-      : enlarge(enlarge) {
-    const uint32_t fitted = F::fit(round(__fdiv_rn(from_bits(most), F::Code::kMax)), enlarge);
+  __device__ __forceinline__ Block(uint32_t most, float enlarge) {
+    const float q = __fdiv_rn(from_bits(most), F::Code::kMax);
+    const uint32_t fitted = F::kGroup == 32 && q == 0.0f ? 0u : F::fit(q, enlarge);
     scale = most < 0x7f800000u ? fitted : F::kNanScale;
-    step = F::step(scale);
+    // The step of e8m0 formats is the inverse of the scale already.
+    factor = F::kGroup == 32 ? F::step(scale) : __fdiv_rn(enlarge, F::step(scale));
   }
-  __device__ __forceinline__ uint32_t encode(float x, RoundTo round) const {
-    const uint32_t code = F::Code::encode(F::normalize(x, step, enlarge, round));
+  __device__ __forceinline__ uint32_t encode(float x) const {
+    const uint32_t code = encode_element<typename F::Code>(__fmul_rn(x, factor));
     return scale == F::kNanScale ? F::kNanCode : code;
   }
 };
@@ -173,8 +199,8 @@ __device__ __forceinline__ uint32_t round_pair(float a, float b, Dtype d) {
   return pair;
 }
 
-// Short forms of what kernels/formats says, eight codes at a time; tests/cuda compares them for
-// every code and every float but NaN.
+// Short forms of what kernels/formats says of decoding, and encode_element of encoding, eight
+// codes at a time; tests/cuda compares them for every code and every float but NaN.
 //
 // Decoding: an unsigned code in the low mantissa bits of 2^23 is that much more than 2^23.
 template <class Code>
@@ -201,17 +227,20 @@ struct Eight<E2m1> {
       out[i] = from_bits((size & 0x01c00000u) | sign) * from_bits(0x7e800000u);
     }
   }
-  // Rounding the product up keeps what is above a tie above it. Signs are collected apart and
-  // dropped where the code is zero.
+  // Below 1 codes are multiples of 1/2, which adding 2^22 rounds to; from 1 on they are the
+  // exponent and one mantissa bit of the float32.
   static __device__ __forceinline__ void encode(const float (&x)[8], uint32_t (&out)[1]) {
     uint32_t codes = 0, signs = 0;
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
-      const uint32_t bits = to_bits(__fmul_ru(magnitude(x[i]), from_bits(0x00800000u)));
-      codes = codes * 16u + (__viaddmin_u32(bits, 0x1fffffu, 0x1ffffffu) >> 22);
+      const float a = fminf(magnitude(x[i]), E2m1::kMax);  // 6 of NaN
+      const uint32_t bits = to_bits(a);
+      const uint32_t low = to_bits(__fadd_rn(a, 4194304.0f)) - to_bits(4194304.0f);
+      const uint32_t high = ((bits + 0x1fffffu + (bits >> 22 & 1u)) >> 22) - 252u;
+      codes = codes * 16u + (a < 1.0f ? low : high);
       signs = __funnelshift_l(to_bits(x[i]), signs, 4);
     }
-    out[0] = codes | (signs & (codes + 0x77777777u) & 0x88888888u);
+    out[0] = codes | (signs & 0x88888888u);
   }
 };
 

@@ -1,5 +1,5 @@
-// What quantize computes for 16 consecutive elements, bit for bit the arithmetic of
-// kernels/formats: its divisions as refined products with the inverse of the group's scale,
+// What quantize computes for 16 consecutive elements, bit for bit what mx.quantize computes on
+// a GPU (elements.cuh): divisions as refined products with the inverse of the group's scale,
 // since IEEE division of every element takes longer than memory does.
 #pragma once
 
@@ -113,8 +113,33 @@ __device__ __forceinline__ float divide(float x, float y, float inverse) {
   return __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
 }
 
-// F::encode of 16 elements of a finite group with a scale below 2^100. It is at least 2^-25,
-// and the bias is an end of the range, so that no quotient is below -1/2.
+// The group of an affine format as MLX fits it on a GPU. Unlike Affine::fit the range holds
+// zero where all elements are negative (MLX's maximum starts there, its minimum at infinity),
+// and halves are rounded away from zero.
+template <class F>
+__device__ __forceinline__ typename F::Group fit_affine(float lowest, float highest) {
+  constexpr float kSteps = float((1 << F::kBits) - 1);
+  highest = larger(highest, 0.0f);
+  const bool low_edge = magnitude(lowest) > magnitude(highest);
+  float scale = larger(__fdiv_rn(__fsub_rn(highest, lowest), kSteps), 1e-7f);
+  scale = low_edge ? scale : -scale;
+  const float edge = low_edge ? lowest : highest;
+  const float steps_to_zero = roundf(__fdiv_rn(edge, scale));
+  if (steps_to_zero == 0.0f) return {scale, 0.0f};
+  return {__fdiv_rn(edge, steps_to_zero), edge};
+}
+
+// One code of it.
+template <class F>
+__device__ __forceinline__ uint32_t encode_affine(float x, typename F::Group group) {
+  constexpr float kSteps = float((1 << F::kBits) - 1);
+  const float q = roundf(__fdiv_rn(__fsub_rn(x, group.bias), group.scale));
+  return uint32_t(smaller(larger(q, 0.0f), kSteps));
+}
+
+// The same for 16 elements of a finite group with a scale below 2^100. It is at least 2^-25,
+// and the bias is an end of the range, so that no quotient is below -1/2: rounding away from
+// zero is truncating what is 1/2 more.
 template <class F>
 __device__ __forceinline__ Packed<F::kBits> encode_affine(const float (&x)[16],
                                                           typename F::Group group) {
@@ -128,39 +153,13 @@ __device__ __forceinline__ Packed<F::kBits> encode_affine(const float (&x)[16],
 #pragma unroll
     for (int j = 3; j >= 0; j--) {
       const float q = divide(__fsub_rn(x[i + j], group.bias), group.scale, inverse);
-      const float integer = __fadd_rn(fminf(q, kSteps), kToInteger);  // in the low bits
-      codes = (codes << B) + to_bits(integer);
+      const float up = __fadd_rz(fminf(q, kSteps), 0.5f);
+      codes = (codes << B) + to_bits(__fadd_rz(up, kToInteger));  // in the low bits
     }
     constexpr uint32_t kAll = (1u << B | 1u) * (1u << 2 * B | 1u);
     out.put(i, 4, codes - to_bits(kToInteger) * kAll);
   }
   return out;
-}
-
-// F::normalize of eight elements. nvfp4 divides by an e4m3: with 4 significant bits one step of
-// refinement is exact, as no quotient comes near half way between two floats. Scale 0 gives 0.
-template <class F, Dtype dtype>
-__device__ __forceinline__ void normalize(const Block<F>& block, float (&x)[8]) {
-  const RoundTo round{dtype};
-  if constexpr (F::kGroup == 16) {
-    const float inverse = block.step > 0.0f ? __frcp_rn(block.step) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float q = __fmul_rn(x[i], inverse);
-      x[i] = __fmaf_rn(__fmaf_rn(-block.step, q, x[i]), inverse, q);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      if constexpr (dtype != Dtype::f32) {
-        const uint32_t pair = round_pair(x[i], x[i + 1], dtype);
-        x[i] = to_float(pair & 0xffffu, dtype), x[i + 1] = to_float(pair >> 16, dtype);
-      }
-      x[i] = __fmul_rn(x[i], block.enlarge), x[i + 1] = __fmul_rn(x[i + 1], block.enlarge);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = F::normalize(x[i], block.step, block.enlarge, round);
-  }
 }
 
 }  // namespace lowbit::cuda

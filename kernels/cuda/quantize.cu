@@ -22,13 +22,14 @@ struct QuantizeArgs {
   bool vectors;   // w begins at a multiple of 16 bytes
 };
 
-// encode_affine where a quotient's refinement would overflow: rare, and small in registers.
+// 16 elements of a group where a quotient's refinement would overflow: rare, and small in
+// registers.
 template <class F>
 __device__ __noinline__ void encode_huge(const float* x, typename F::Group group,
                                          uint8_t* codes, int64_t unit) {
   Packed<F::kBits> out;
 #pragma unroll 1
-  for (int i = 0; i < 16; i++) out.put(i, 1, F::encode(x[i], group));
+  for (int i = 0; i < 16; i++) out.put(i, 1, encode_affine<F>(x[i], group));
   out.store(codes, unit);
 }
 
@@ -43,7 +44,7 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   }
   if (unit >= a.units) return;
   typename F::Group group{from_bits(0x7fc00000u), 0.0f};
-  if (finite(low) && finite(high)) group = F::fit(low, high);
+  if (finite(low) && finite(high)) group = fit_affine<F>(low, high);
   float x[16];
   w.widen(x);
   if (magnitude(group.scale) >= 0x1p100f) {
@@ -58,18 +59,6 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   store_float(a.biases, unit / a.lanes, group.bias, dtype);
 }
 
-// 16 elements by kernels/formats' own text.
-template <class F, Dtype dtype>
-__device__ __noinline__ void encode_plainly(const float* x, Block<F> block, uint8_t* codes,
-                                            int64_t unit) {
-  constexpr int B = F::kBits;
-  const RoundTo round{dtype};
-#pragma unroll 1
-  for (int i = 0; i < 16; i += 8 / B)
-    codes[(unit * 16 + i) * B / 8] =
-        uint8_t(block.encode(x[i], round) | (B == 4 ? block.encode(x[i + 1], round) << 4 : 0));
-}
-
 template <class F, Dtype dtype>
 __device__ __forceinline__ void quantize_block(const QuantizeArgs& a, const Sixteen<dtype>& w,
                                                int64_t unit) {
@@ -81,32 +70,23 @@ __device__ __forceinline__ void quantize_block(const QuantizeArgs& a, const Sixt
   for (int lanes = 1; lanes < F::kGroup / 16; lanes *= 2)
     largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
   if (unit >= a.units) return;
-  const Block<F> block(to_bits(largest), enlarge_by(a.global), RoundTo{dtype});
+  const Block<F> block(to_bits(largest), enlarge_by(a.global));
   constexpr int kLanes = F::kGroup / 16;
   if (unit % kLanes == 0) static_cast<uint8_t*>(a.scales)[unit / kLanes] = uint8_t(block.scale);
 
-  // The scale is about largest * enlarge / 6 (or 448, if less), so no quotient overflows; and
-  // where a remainder underflows, the quotient is far below the smallest code unless it is
-  // enlarged a great deal.
-  const bool tame = block.scale != F::kNanScale && (F::kGroup != 16 || block.enlarge < 0x1p40f);
-  if (!tame) {
-    float copy[16];
-    for (int i = 0; i < 16; i++) copy[i] = x[i];
-    encode_plainly<F, dtype>(copy, block, a.codes, unit);
-    return;
-  }
   using Codes = Eight<typename F::Code>;
+  constexpr uint32_t kNanCodes = F::kNanCode * (F::kBits == 4 ? 0x11111111u : 0x01010101u);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float v[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = x[8 * half + i];
-    normalize<F, dtype>(block, v);
+    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(x[8 * half + i], block.factor);
     uint32_t codes[Codes::kWords];
     Codes::encode(v, codes);
 #pragma unroll
     for (int i = 0; i < Codes::kWords; i++)
-      reinterpret_cast<uint32_t*>(a.codes)[(unit * 2 + half) * Codes::kWords + i] = codes[i];
+      reinterpret_cast<uint32_t*>(a.codes)[(unit * 2 + half) * Codes::kWords + i] =
+          block.scale == F::kNanScale ? kNanCodes : codes[i];
   }
 }
 

@@ -108,18 +108,17 @@ struct WeightUnit {
 
 // Eight elements of x through w's format. The lanes of a group are neighbours.
 template <class F>
-__device__ __forceinline__ void round_trip(float (&x)[8], float enlarge, Dtype dtype) {
+__device__ __forceinline__ void round_trip(float (&x)[8], float enlarge) {
   uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) most = max(most, to_bits(x[i]) & 0x7fffffffu);
 #pragma unroll
   for (int lanes = 1; lanes < F::kGroup / 8; lanes *= 2)
     most = max(most, __shfl_xor_sync(0xffffffffu, most, lanes));
-  const RoundTo round{dtype};
-  const Block<F> block(most, enlarge, round);
+  const Block<F> block(most, enlarge);
   const float s = F::Scale::decode(block.scale);
 #pragma unroll
-  for (int i = 0; i < 8; i++) x[i] = F::Code::decode(block.encode(x[i], round)) * s;
+  for (int i = 0; i < 8; i++) x[i] = F::Code::decode(block.encode(x[i])) * s;
 }
 
 template <class F, bool transpose, class T>
@@ -164,7 +163,7 @@ struct TileLoader {
     if (t < T::kXUnits) {
       x.widen(p.dtype, v);
       if constexpr (transpose && !F::kHasBias)
-        if (p.quantize_x) round_trip<F>(v, enlarge, p.dtype);
+        if (p.quantize_x) round_trip<F>(v, enlarge);
       const int m = t / T::kUnits, k = t % T::kUnits * 8;
 #pragma unroll
       for (int i = 0; i < 8; i++) xs[XAt::at(k + i, m)] = v[i];

@@ -1,4 +1,5 @@
-// The short forms of elements.cuh against kernels/formats: every code, every float32 but NaN.
+// The short forms of elements.cuh against kernels/formats (decoding) and encode_element: every
+// code, every float32 but NaN.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -23,7 +24,7 @@ __global__ void compare_encoders(uint64_t count, uint32_t stride, unsigned long 
   constexpr int kOfWord = 32 / Code::kBits;
   for (int j = 0; j < 8; j++) {
     const uint32_t code = codes[j / kOfWord] >> (j % kOfWord * Code::kBits);
-    same &= (code & ((1u << Code::kBits) - 1)) == Code::encode(x[j]);
+    same &= (code & ((1u << Code::kBits) - 1)) == cuda::encode_element<Code>(x[j]);
   }
   if (!same) atomicAdd(wrong, 1ull);
 }

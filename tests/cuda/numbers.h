@@ -112,12 +112,16 @@ inline uint32_t encode_e4m3(double v) {
   return sign | uint32_t((e + 6) * 8 + int(std::nearbyint(std::ldexp(a, 3 - e))));
 }
 
-// e2m1: nearest, every tie to the smaller magnitude, what rounds to zero is +0.
+// e2m1: nearest, ties to the even code, 6 of NaN; the sign is kept, of zero as well.
 inline uint32_t encode_e2m1(double v) {
+  if (std::isnan(v)) return 7;
   const Table& t = e2m1_values();
   uint32_t code = 0;
-  while (code < 7 && std::fabs(v) > (t[code] + t[code + 1]) / 2) code++;
-  return code && v < 0.0 ? code | 8u : code;
+  for (; code < 7; code++) {
+    const double middle = (t[code] + t[code + 1]) / 2, a = std::fabs(v);
+    if (a < middle || (a == middle && code % 2 == 0)) break;
+  }
+  return code | (std::signbit(v) ? 8u : 0u);
 }
 
 inline uint32_t load_bits(const uint8_t* p, int size) {

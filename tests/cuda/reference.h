@@ -1,4 +1,4 @@
-// Encoding by mx.quantize's rules and products in float64, from the packed bits.
+// Encoding by the rules of mx.quantize on a GPU and products in float64, from the packed bits.
 #pragma once
 
 #include <algorithm>
@@ -55,37 +55,34 @@ struct EncodedGroup {
 
 inline void encode_affine(const FormatInfo& f, Dtype dtype, const float* w, EncodedGroup& out) {
   const float steps = float((1 << f.bits) - 1);
-  const auto [low, high] = std::minmax_element(w, w + f.group_size);
-  const bool low_edge = std::fabs(*low) > std::fabs(*high);
-  float scale = std::max((*high - *low) / steps, 1e-7f), bias = 0.0f;
+  const float low = *std::min_element(w, w + f.group_size);
+  const float high = std::max(*std::max_element(w, w + f.group_size), 0.0f);
+  const bool low_edge = std::fabs(low) > std::fabs(high);
+  float scale = std::max((high - low) / steps, 1e-7f), bias = 0.0f;
   if (!low_edge) scale = -scale;
-  const float edge = low_edge ? *low : *high, to_zero = std::nearbyint(edge / scale);
+  const float edge = low_edge ? low : high, to_zero = std::round(edge / scale);
   if (to_zero != 0.0f) scale = edge / to_zero, bias = edge;
   out.scale = ieee(dtype).encode(double(scale));
   out.bias = ieee(dtype).encode(double(bias));
   for (int i = 0; i < f.group_size; i++)
-    out.codes[i] =
-        uint32_t(std::clamp(std::nearbyint((w[i] - bias) / scale), 0.0f, float(steps)));
+    out.codes[i] = uint32_t(std::clamp(std::round((w[i] - bias) / scale), 0.0f, float(steps)));
 }
 
-inline void encode_blocks(const FormatInfo& f, Dtype dtype, const float* w, float global,
+inline void encode_blocks(const FormatInfo& f, const float* w, float global,
                           EncodedGroup& out) {
-  const Ieee& t = ieee(dtype);
-  double most = 0.0;
-  for (int i = 0; i < f.group_size; i++) most = std::max(most, std::fabs(double(w[i])));
-  const double q = t.round(most / (f.bits == 8 ? 448.0 : 6.0));
+  float most = 0.0f;
+  for (int i = 0; i < f.group_size; i++) most = std::max(most, std::fabs(w[i]));
+  const float q = most / (f.bits == 8 ? 448.0f : 6.0f);
   if (f.mode == "nvfp4") {
     const float enlarge = global > 0.0f ? 2688.0f / global : 1.0f;
-    out.scale = encode_e4m3(double(float(q) * enlarge));
-    const double s = e4m3_values()[out.scale];
-    for (int i = 0; i < f.group_size; i++)
-      if (s != 0.0)
-        out.codes[i] = encode_e2m1(double(float(t.round(double(w[i]) / s)) * enlarge));
+    out.scale = encode_e4m3(double(q * enlarge));
+    const float factor = enlarge / float(e4m3_values()[out.scale]);
+    for (int i = 0; i < f.group_size; i++) out.codes[i] = encode_e2m1(double(w[i] * factor));
     return;
   }
-  int n = 0;
-  if (q != 0.0) {
-    const double mantissa = std::frexp(q, &n);
+  int n = -127;
+  if (q != 0.0f) {
+    const double mantissa = std::frexp(double(q), &n);
     if (mantissa == 0.5) n--;
   }
   n = std::max(n, -127);
@@ -104,7 +101,7 @@ inline EncodedGroup encode_group(const FormatInfo& f, Dtype dtype, const float* 
   if (f.affine())
     encode_affine(f, dtype, w, out);
   else
-    encode_blocks(f, dtype, w, global, out);
+    encode_blocks(f, w, global, out);
   return out;
 }
 

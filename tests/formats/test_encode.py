@@ -1,4 +1,6 @@
-"""quantize: the same bits as mx.quantize of MLX 0.32.4 and as the oracle, for hostile groups."""
+"""quantize: the same bits as mx.quantize of MLX 0.32.4 on the same device, and as the oracle, for
+hostile groups.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,12 @@ def assert_same(got: Weight, want: Weight, note: str) -> None:
 def follows_mlx(fmt: Any, w: np.ndarray) -> np.ndarray:
     """Rows of `w` in which MLX's own result is not one of its two defects, which are not copied.
 
-    e8m0 exponents below -127 wrap around to infinity; and fp4 elements beyond 2^25 times their
-    scale (nvfp4 saturates there) lose to float32 cancellation and become 4 or 0 in place of 6.
+    Both are the CPU's: e8m0 exponents below -127 wrap around to infinity; and fp4 elements beyond
+    2^25 times their scale (nvfp4 saturates there) lose to float32 cancellation and become 4 or 0
+    in place of 6.
     """
+    if oracle.on_gpu():
+        return np.ones(len(w), bool)
     amax = np.abs(w.reshape(len(w), -1, fmt.group_size)).max(-1)
     if fmt.mode == "nvfp4":
         return (amax.astype(np.float64) < 448 * 2.0**25).all(-1)
@@ -120,24 +125,25 @@ def fp4_codes(fmt: Any, values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_fp4_ties_go_to_the_smaller_magnitude(fp4_fmt, dtype, sign):
-    """On the CPU 0.25 -> 0, 0.75 -> 0.5, ..., 5 -> 4, both signs: not IEEE's ties-to-even."""
-    ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]) * sign
-    codes = fp4_codes(fp4_fmt, ties, dtype)
-    np.testing.assert_array_equal(
-        oracle.E2M1_VALUES[codes], np.array([0, 0.5, 1, 1.5, 2, 3, 4]) * sign
-    )
-    above = np.nextafter(
-        ties.astype(oracle.NUMPY_DTYPE[dtype]), oracle.NUMPY_DTYPE[dtype].type(9 * sign)
-    )
-    codes = fp4_codes(fp4_fmt, above, dtype)
-    np.testing.assert_array_equal(
-        oracle.E2M1_VALUES[codes], np.array([0.5, 1, 1.5, 2, 3, 4, 6]) * sign
-    )
+def test_fp4_ties(fp4_fmt, dtype, sign):
+    """To the smaller magnitude on the CPU (0.75 -> 0.5), to the even code on a GPU (0.75 -> 1)."""
+    storage = oracle.NUMPY_DTYPE[dtype]
+    ties = (np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]) * sign).astype(storage)
+    lower, upper = np.array([0, 0.5, 1, 1.5, 2, 3, 4]), np.array([0.5, 1, 1.5, 2, 3, 4, 6])
+    ours_go_up = oracle.on_gpu() * np.array([0, 1, 0, 1, 0, 1, 0])
+    for values, want in [
+        (ties, np.where(ours_go_up, upper, lower)),
+        (np.nextafter(ties, storage.type(9 * sign)), upper),
+        (np.nextafter(ties, storage.type(0)), lower),
+    ]:
+        codes = fp4_codes(fp4_fmt, values, dtype)
+        np.testing.assert_array_equal(oracle.E2M1_VALUES[codes], want * sign)
 
 
-def test_fp4_has_no_negative_zero(fp4_fmt, dtype):
-    assert not fp4_codes(fp4_fmt, np.array([-0.0, -1e-3, -0.25]), dtype).any()
+def test_fp4_zeros(fp4_fmt, dtype):
+    """The CPU has no negative zero; a GPU keeps the sign."""
+    codes = fp4_codes(fp4_fmt, np.array([-0.0, -1e-3, -0.25, 0.0, 1e-3, 0.25]), dtype)
+    np.testing.assert_array_equal(codes, [8 * oracle.on_gpu()] * 3 + [0] * 3)
 
 
 def test_e4m3_is_nearest_even(dtype):
@@ -157,13 +163,25 @@ def test_e4m3_is_nearest_even(dtype):
 
 
 def test_zero_groups(fmt, dtype):
+    """They decode to zero; which scale and codes say so depends on the device."""
     got = ours(fmt, mx.zeros((3, 2 * fmt.group_size), dtype))
-    assert not got.words.any()
+    assert not oracle.decode(fmt, got).any()
+    gpu = oracle.on_gpu()
+    assert (got.words == (0x77777777 if gpu and fmt.mode == "nvfp4" else 0)).all()
     if fmt.mode == "affine":
         assert not got.biases.any()
         np.testing.assert_array_equal(got.scales, np.float32(-1e-7).astype(got.scales.dtype))
     else:
-        assert (got.scales == (0 if fmt.mode == "nvfp4" else 127)).all()
+        assert (got.scales == (0 if gpu or fmt.mode == "nvfp4" else 127)).all()
+
+
+def test_affine_range_of_negative_groups(affine_fmt, dtype):
+    """All in [-2, -1]: the grid ends at the largest on the CPU, at zero on a GPU."""
+    w = -np.linspace(1, 2, affine_fmt.group_size, dtype=np.float32)[None]
+    got = ours(affine_fmt, oracle.to_mlx(w.astype(oracle.NUMPY_DTYPE[dtype])))
+    codes, steps = oracle.unpack(got.words, affine_fmt.bits)[0], 2**affine_fmt.bits - 1
+    assert got.biases[0, 0] == -2 and codes[-1] == 0
+    assert codes.max() in ((steps // 2, steps // 2 + 1) if oracle.on_gpu() else (steps,))
 
 
 def test_mx_groups_below_the_smallest_scale_stay_finite(mx_fmt):
