@@ -72,10 +72,9 @@ struct TileMatvec {
   const int parts_side_by_side = parts < 16 / width ? parts : 16 / width;
   Task tasks{p, pool.threads, blocks * 16 * columns};
 
-  bf16* x = nullptr;  // [16 tokens][k/32][product][k/2 % 16][column][k%2]
-  float* x_sums =
-      nullptr;            // [16 tokens][group][16 / columns][column], 0 beyond the first parts
-  float* rows = nullptr;  // per thread: kBlock elements of a row of x
+  bf16* x = nullptr;        // [16 tokens][k/32][product][k/2 % 16][column][k%2]
+  float* x_sums = nullptr;  // [16 tokens][group][column], 8 columns twice
+  float* rows = nullptr;    // per thread: kBlock elements of a row of x
   bool extreme_x = false;
 
   size_t lay_out(Arena a) {
