@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import json
 import statistics
 import time
 from importlib.metadata import version
@@ -27,6 +26,7 @@ import mlx_lowbit
 from tqdm import tqdm
 
 from benchmarks.device import device_name
+from benchmarks.files import write_json
 
 CONFIG = {
     "model_type": "llama",
@@ -130,9 +130,7 @@ def write(path: Path, rows: list[dict]) -> None:
         "mlx": mx.__version__,
         "mlx_lm": version("mlx-lm"),
     }
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    scratch.replace(path)
+    write_json(path, {**about, "rows": rows})
 
 
 def main() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import files
 from benchmarks.baselines import OURS
 from benchmarks.measure import Row
 
@@ -76,9 +75,5 @@ def slug(text: str) -> str:
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """Writes the run, times in seconds and rates a second; the name appears with the whole file."""
-    document = {"about": about, "rows": [row.to_json() for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False, default=str) + "\n")
-    os.replace(temporary, path)
+    """Writes the run, times in seconds and rates a second."""
+    files.write_json(path, {"about": about, "rows": [row.to_json() for row in rows]})

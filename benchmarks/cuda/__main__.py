@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from benchmarks.files import write_json
 
 from . import peers
 from .timing import DEVICE, Rows, copies, replay
@@ -200,9 +201,7 @@ def main() -> None:
             "cuda": torch.version.cuda,
             "method": __doc__,
         }
-        scratch = options.json.with_name(options.json.name + ".part")
-        scratch.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        scratch.replace(options.json)
+        write_json(options.json, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

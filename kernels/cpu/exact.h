@@ -98,6 +98,10 @@ inline void store_row(const Decoder& decoder, const uint8_t* p, int64_t count, b
   }
 }
 
+// Formats with so few scales and codes that all their products are in a table: nvfp4.
+template <class F>
+inline constexpr bool kHasProducts = F::kGroup == 16;
+
 // Weights of nvfp4: the 16 products of each of its 256 scales are in a table of 8 KiB, and
 // decoding is without arithmetic. A lookup serves two groups, the first half of its table
 // one's, the second the other's: 5 vector instructions for 32 codes, products in float32 take

@@ -160,8 +160,8 @@ struct ByteTileMatvec {
     const auto spread = [](const uint8_t* from, int64_t depth, int64_t, int64_t, uint8_t* out) {
       decode(from, depth, out);
     };
-    const auto multiply = [&](const uint8_t* panel, const float* scale, const float*,
-                              float* sum, int64_t k0, int64_t depth) {
+    const auto multiply = [&](const uint8_t* panel, const float* scale, float* sum, int64_t k0,
+                              int64_t depth) {
       accumulate(panel, scale, depth, x + k0 / step_codes * 2 * kTile,
                  steps + k0 / group / 2 * 64, sum);
     };

@@ -37,7 +37,7 @@ struct TileDecoderOf {
   };
 };
 template <class F>
-  requires(F::kGroup < 32)
+  requires(kHasProducts<F>)
 struct TileDecoderOf<F> {
   struct type : ProductDecoder<F> {
     static constexpr bool kFolded = true;
@@ -193,8 +193,9 @@ struct TileMatvec {
                             bf16* out) {
       decoder.row(from, depth, scales + (row * K + k0) / stored_group, out);
     };
-    const auto multiply = [&](const bf16* panel, const float* scale, const float* bias,
-                              float* sum, int64_t k0, int64_t depth) {
+    const auto multiply = [&](const bf16* panel, const float* scale, float* sum, int64_t k0,
+                              int64_t depth) {
+      const float* bias = p.w.biases ? scale + tasks.room_groups : nullptr;
       const auto serve =
           columns == 8 ? &TileMatvec::accumulate<8> : &TileMatvec::accumulate<16>;
       for (int64_t b = 0; b < blocks; b++)

@@ -107,7 +107,7 @@ inline void decode_to(const cpu::Matrix& w, int64_t row, int64_t k0, int64_t k1,
   const int64_t count = (k1 - k0) / F::kGroup;
   const Groups groups{room, F::kHasBias ? room + Groups::padded(count) : nullptr};
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Out, bf16> && F::kGroup == 16) {
+  if constexpr (std::is_same_v<Out, bf16> && kHasProducts<F>) {
     static const ProductDecoder<F> decoder;
     const auto* scales = static_cast<const uint8_t*>(w.scales);
     decoder.row(w.codes + row * w.row_bytes + k0 * F::kBits / 8, k1 - k0,

@@ -81,7 +81,8 @@ inline void configure(const Config& config) {
 // For results of `columns` columns: tiles 0 to 3 as C, 4 and 5 as A, 6 and 7 as B.
 inline void configure(int columns = 16) {
   Config config;
-  for (int t : {0, 1, 2, 3, 6, 7}) config.columns_bytes[t] = uint16_t(4 * columns);
+  for (int t = 0; t < 8; t++)
+    if (t != 4 && t != 5) config.columns_bytes[t] = uint16_t(4 * columns);
   configure(config);
 }
 // For steps of `words` words of four bytes: tiles 0 to 5 as before, 6 as A and 7 as B.

@@ -46,9 +46,10 @@ struct TileTask {
 
   // Stored rows [n0, n0 + rows), as many of them as there are; beyond the last row of W it is
   // multiplied again.
-  //   decode(from, depth, row, k0, out)             codes [k0, k0 + depth) of a stored row
-  //   multiply(panel, scale, bias, sum, k0, depth)  of 16 rows, 2 * room_groups apart
-  //   write(sum, n, count)                          stored rows [n, n + count)
+  //   decode(from, depth, row, k0, out)       codes [k0, k0 + depth) of a stored row
+  //   multiply(panel, scale, sum, k0, depth)  of 16 rows; scales 2 * room_groups apart, biases
+  //                                           room_groups behind them
+  //   write(sum, n, count)                    stored rows [n, n + count)
   // offset: what codes are decoded less; no scales are read for `folded` ones.
   template <class Decode, class Multiply, class Write>
   void run(int64_t n0, int thread, float offset, bool folded, const Decode& decode,
@@ -77,8 +78,7 @@ struct TileTask {
             __builtin_prefetch(from + ahead + line);
           decode(from, depth, row, k0, panel + i * kLd);
         }
-        const float* here = scale + n * 2 * room_groups + k0 / p.w.group_size;
-        multiply(panel, here, p.w.biases ? here + room_groups : nullptr,
+        multiply(panel, scale + n * 2 * room_groups + k0 / p.w.group_size,
                  sum + n / 16 * sums_of_16, k0, depth);
       }
     }

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "../formats/affine.h"
 #include "../formats/mxfp4.h"
 #include "../formats/mxfp8.h"
@@ -36,14 +38,6 @@ __device__ __forceinline__ uint32_t round_bits(float x, Dtype d) {
   if (d == Dtype::bf16) return __bfloat16_as_ushort(__float2bfloat16_rn(x));
   return __half_as_ushort(__float2half_rn(x));
 }
-
-// What formats call to round to the dtype of a tensor.
-struct RoundTo {
-  Dtype dtype;
-  __device__ __forceinline__ float operator()(float x) const {
-    return to_float(round_bits(x, dtype), dtype);
-  }
-};
 
 // Bits of element i of an array of elements of `size` bytes.
 __device__ __forceinline__ uint32_t load_bits(const void* p, int64_t i, int size) {
@@ -134,29 +128,21 @@ __device__ __forceinline__ float enlarge_by(const float* global) {
   return g > 0.0f ? __fdiv_rn(Nvfp4::kGlobalMax, g) : 1.0f;
 }
 
-// Encoding follows MLX's GPU kernels to the bit, as the CPU's follows MLX's CPU code; the two
-// differ, and kernels/formats states the CPU's rules. The GPU's, from the sm_90 code of
-// libmlx.so 0.32.4 and its source, are kept to this file (blocks) and encode.cuh (affine):
+// Encoding follows MLX's GPU kernels to the bit, as the CPU's follows MLX's CPU code. From the
+// sm_90 code of libmlx.so 0.32.4 and its source, they differ in this (affine: encode.cuh):
 //
 //   scale bytes  largest / 6 or / 448 is not rounded to the dtype of w; zero has e8m0 byte 0
 //   elements     multiplied by enlarge / scale, in float32 throughout
-//   e2m1         ties to even, and what rounds to zero keeps its sign
+//   e2m1         E2m1::encode_to_even
 //
 // A group of nvfp4 whose scale is zero is multiplied by infinity: codes of +-6, which decode to
 // zero, also where the product is NaN.
-
-// One code, chosen as MLX chooses it on a GPU.
 template <class Code>
 __device__ __forceinline__ uint32_t encode_element(float x) {
-  return Code::encode(x);
-}
-template <>
-__device__ __forceinline__ uint32_t encode_element<E2m1>(float x) {
-  const float a = magnitude(x);  // NaN passes every threshold
-  const uint32_t code = uint32_t(!(a <= 0.25f)) + uint32_t(!(a < 0.75f)) +
-                        uint32_t(!(a <= 1.25f)) + uint32_t(!(a < 1.75f)) +
-                        uint32_t(!(a <= 2.5f)) + uint32_t(!(a < 3.5f)) + uint32_t(!(a <= 5.0f));
-  return code | (to_bits(x) >> 28 & 8u);
+  if constexpr (std::is_same_v<Code, E2m1>)
+    return Code::encode_to_even(x);
+  else
+    return Code::encode(x);
 }
 
 // How a group of a block format is encoded: scale byte, and what elements are multiplied by.

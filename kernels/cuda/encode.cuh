@@ -113,33 +113,14 @@ __device__ __forceinline__ float divide(float x, float y, float inverse) {
   return __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
 }
 
-// The group of an affine format as MLX fits it on a GPU. Unlike Affine::fit the range holds
-// zero where all elements are negative (MLX's maximum starts there, its minimum at infinity),
-// and halves are rounded away from zero.
-template <class F>
-__device__ __forceinline__ typename F::Group fit_affine(float lowest, float highest) {
-  constexpr float kSteps = float((1 << F::kBits) - 1);
-  highest = larger(highest, 0.0f);
-  const bool low_edge = magnitude(lowest) > magnitude(highest);
-  float scale = larger(__fdiv_rn(__fsub_rn(highest, lowest), kSteps), 1e-7f);
-  scale = low_edge ? scale : -scale;
-  const float edge = low_edge ? lowest : highest;
-  const float steps_to_zero = roundf(__fdiv_rn(edge, scale));
-  if (steps_to_zero == 0.0f) return {scale, 0.0f};
-  return {__fdiv_rn(edge, steps_to_zero), edge};
-}
+// How MLX rounds on a GPU.
+struct FromZero {
+  __device__ __forceinline__ float operator()(float x) const { return roundf(x); }
+};
 
-// One code of it.
-template <class F>
-__device__ __forceinline__ uint32_t encode_affine(float x, typename F::Group group) {
-  constexpr float kSteps = float((1 << F::kBits) - 1);
-  const float q = roundf(__fdiv_rn(__fsub_rn(x, group.bias), group.scale));
-  return uint32_t(smaller(larger(q, 0.0f), kSteps));
-}
-
-// The same for 16 elements of a finite group with a scale below 2^100. It is at least 2^-25,
-// and the bias is an end of the range, so that no quotient is below -1/2: rounding away from
-// zero is truncating what is 1/2 more.
+// F::encode of 16 elements, FromZero, of a finite group with a scale below 2^100. It is at
+// least 2^-25, and the bias is an end of the range, so that no quotient is below -1/2: rounding
+// away from zero is truncating what is 1/2 more.
 template <class F>
 __device__ __forceinline__ Packed<F::kBits> encode_affine(const float (&x)[16],
                                                           typename F::Group group) {

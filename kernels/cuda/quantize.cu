@@ -29,7 +29,7 @@ __device__ __noinline__ void encode_huge(const float* x, typename F::Group group
                                          uint8_t* codes, int64_t unit) {
   Packed<F::kBits> out;
 #pragma unroll 1
-  for (int i = 0; i < 16; i++) out.put(i, 1, encode_affine<F>(x[i], group));
+  for (int i = 0; i < 16; i++) out.put(i, 1, F::encode(x[i], group, FromZero()));
   out.store(codes, unit);
 }
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   }
   if (unit >= a.units) return;
   typename F::Group group{from_bits(0x7fc00000u), 0.0f};
-  if (finite(low) && finite(high)) group = fit_affine<F>(low, high);
+  if (finite(low) && finite(high)) group = F::fit(low, larger(high, 0.0f), FromZero());
   float x[16];
   w.widen(x);
   if (magnitude(group.scale) >= 0x1p100f) {

@@ -40,6 +40,15 @@ struct E2m1 {
                         uint32(a > 5.0f);
     return code | ((x < 0.0f && code != 0u) ? 8u : 0u);
   }
+  // The rule of mx.quantize on a GPU: ties to the even code, the sign of what rounds to zero is
+  // kept, and NaN passes every threshold.
+  static LOWBIT_FN uint32 encode_to_even(float x) {
+    const float a = magnitude(x);
+    const uint32 code = uint32(!(a <= 0.25f)) + uint32(!(a < 0.75f)) + uint32(!(a <= 1.25f)) +
+                        uint32(!(a < 1.75f)) + uint32(!(a <= 2.5f)) + uint32(!(a < 3.5f)) +
+                        uint32(!(a <= 5.0f));
+    return code | (to_bits(x) >> 28 & 8u);
+  }
 };
 
 struct E4m3 {
