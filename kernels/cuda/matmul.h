@@ -27,6 +27,14 @@
 // stays at a multiply with operands in registers until the tensor cores are done with them:
 // what is loaded next is asked for before it. 3.7 us pass before the first unit is there, half
 // of them before its copies are asked for, with instructions that no cache has yet.
+//
+// What bounds 16 tokens (4-bit, 4096x14336, 18.4 us; H200, 2026-11-23): without
+// multiplying 13.1, without memory and scales 15.0, decoding alone 8.5. A multiply of 16 tokens
+// takes the tensor cores 13 cycles, of 32 16, of 64 32, yet hardly overlaps with other warps'
+// decoding: 8 byte permutes, 8 masks and 8 multiply-adds take 36 cycles a warp, two multiplies
+// 27, both together 57 (82 with 64 tokens' 64). Byte permutes and logic have half the rate of
+// multiply-adds, so they are what to save. mma.sync in wgmma's place takes as long with 16
+// tokens and longer with more, and so do multiplies in batches of four.
 #pragma once
 
 #include "kernels.h"
@@ -52,8 +60,9 @@ struct MatmulArgs {
   int row_groups, token_tiles,
       panel;  // tiles: `share` * 128 rows, kTokens tokens; see tile_at
   int share, split;
+  int x_bytes;      // of x that a block gets for 64 k
   int units, part;  // of 128 k: of K, and of each part (even)
-  int out_tokens;   // that leave at once: 32, or 16 of a split tile
+  int out_tokens;   // that leave at once: kOutTokens, or 16 of a split tile
 };
 
 inline constexpr int kMostSplit = 4;
@@ -83,8 +92,11 @@ struct MatmulShape {
   static constexpr int kEntriesAt = kCodesAt + kCodeBytes;
   static constexpr int kStageBytes = kEntriesAt + kRows * kEntryRow;
 
-  // Of each warpgroup that multiplies: 32 tokens x 64 rows of y at a time. Warpgroups of the
-  // same rows add up their sums there before.
+  // Of each warpgroup that multiplies: kOutTokens tokens x 64 rows of y at a time. Warpgroups
+  // of the same rows add up their sums there before; then each brings kOwnTokens to y, or the
+  // first of them all.
+  static constexpr int kOwnTokens = kTokens / kParities < 16 ? 16 : kTokens / kParities;
+  static constexpr int kOutTokens = kOwnTokens < 32 ? kOwnTokens : 32;
   static constexpr int kRoomBytes = 32 * 128, kOutBytes = kRoomBytes * (3 - kParities);
   static constexpr int kTableBytes = kAffine ? 0 : 1024;  // entries by scale byte
   static constexpr int kBarrierBytes = 256;
@@ -230,7 +242,7 @@ struct MatmulBlock {
       for (int u = first_unit; u < last_unit; u++, ring.advance()) {
         const uint32_t bar = full(ring.slot), to = stage(ring.slot);
         wait_phase(empty(ring.slot), ring.parity ^ 1);
-        arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * Shape::kXBytes));
+        arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * a.x_bytes));
         load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row0, bar);
         if constexpr (!Shape::kApart) {
           copy_x(to, u * 128, token0, bar);
@@ -245,7 +257,7 @@ struct MatmulBlock {
     each_tile([&](int, int token0) {
       for (int k = first_unit * 128; k < last_unit * 128; k += 64, ring.advance()) {
         wait_phase(x_empty(ring.slot), ring.parity ^ 1);
-        arrive_expecting(x_full(ring.slot), Shape::kXBytes);
+        arrive_expecting(x_full(ring.slot), a.x_bytes);
         copy_x(x_stage(ring.slot), k, token0, x_full(ring.slot));
       }
     });

@@ -19,8 +19,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
   using XRing = typename Block::XRing;
   static constexpr int kParities = Shape::kParities;
   using Sums = float[kTokens / 2];
-  // Of the tokens that this warpgroup brings to y.
-  static constexpr int kOwnTokens = kTokens / kParities, kQuads = kOwnTokens / 8;
+  static constexpr int kOwnTokens = Shape::kOwnTokens, kOwners = kTokens / kOwnTokens;
+  static constexpr int kQuads = kOwnTokens / 8;  // of sums
   using Own = float[kOwnTokens / 2];
 
   // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32.
@@ -116,6 +116,12 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     }
   }
 
+  // What all lanes have alike, told to the compiler: descriptors then stay in uniform
+  // registers.
+  static __device__ __forceinline__ uint32_t uniform(uint32_t v) {
+    return __shfl_sync(0xffffffffu, v, 0);
+  }
+
   // This warp has read what `empty` guards, here and, of x, for the other block.
   __device__ __forceinline__ void release(uint32_t empty, bool x) const {
     __syncwarp();
@@ -139,7 +145,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     for (int u = parity; u < count; u += kParities) {
       const uint32_t stage = Block::stage(unit.slot), empty = Block::empty(unit.slot);
       const bool more = u + kParities < count;
-      uint64_t b = b_descriptor(stage);
+      uint64_t b = b_descriptor(uniform(stage));
       unit.advance(kParities);
 #pragma unroll
       for (int step = 0; step < 8; step += kBatch) {  // 16 k each
@@ -152,7 +158,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
         if constexpr (Shape::kApart) {
           if (step % 4 == 0) {
             wait_phase(Block::x_full(x.slot), x.parity);
-            b = b_descriptor(Block::x_stage(x.slot));
+            b = b_descriptor(uniform(Block::x_stage(x.slot)));
           }
         }
         wgmma_fence();
@@ -214,14 +220,18 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 
   __device__ __forceinline__ int group() const { return half + 2 * parity; }
 
-  // Both warpgroups of 64 rows add up their sums: half of the tokens each.
+  // Whether this warpgroup brings tokens to y.
+  __device__ __forceinline__ bool owns() const { return parity < kOwners; }
+
+  // Both warpgroups of 64 rows add up their sums: half of the tokens each, or the first all.
   __device__ __forceinline__ void gather_parities(const Sums& sums, Own& own) const {
     if constexpr (kParities == 1) {
 #pragma unroll
       for (int i = 0; i < kOwnTokens / 2; i++) own[i] = sums[i];
     } else {
       // Through the rooms of y, as many quads of sums at a time as they hold.
-      constexpr int kHalf = kQuads * 4, kRound = Shape::kOutBytes / 2048;
+      constexpr int kHalf = kQuads * 4, kFit = Shape::kOutBytes / 2048;
+      constexpr int kRound = kQuads < kFit ? kQuads : kFit, kOther = kOwners == 2 ? kHalf : 0;
       static_assert(kQuads % kRound == 0);
       const uint32_t at = base + Shape::kOutAt + (warp * 32 + lane) * 16;
       const uint32_t mine = at + group() * Shape::kOutBytes;
@@ -229,18 +239,20 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
       float give[kHalf];
 #pragma unroll
       for (int i = 0; i < kHalf; i++) {
-        own[i] = parity ? sums[kHalf + i] : sums[i];
-        give[i] = parity ? sums[i] : sums[kHalf + i];
+        own[i] = parity ? sums[kOther + i] : sums[i];
+        give[i] = parity ? sums[i] : sums[kOther + i];
       }
       if (warp == 0 && lane == 0) wait_for_stores<0>();  // of the tile before
       sync_threads<256>(7 + half);
 #pragma unroll
       for (int first = 0; first < kQuads; first += kRound) {
 #pragma unroll
-        for (int q = 0; q < kRound; q++) store_quad(other + q * 2048, &give[4 * (first + q)]);
+        for (int q = 0; q < kRound; q++)
+          if (kOwners == 2 || parity) store_quad(other + q * 2048, &give[4 * (first + q)]);
         sync_threads<256>(7 + half);
 #pragma unroll
         for (int q = 0; q < kRound; q++) {
+          if (!owns()) break;
           uint32_t v[4];
           load_shared<16>(mine + q * 2048, v);
 #pragma unroll

@@ -92,13 +92,14 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
   }
 
   __device__ __forceinline__ void write(const Own& own, int row0, int token0) {
+    if (!Group::owns()) return;
     const Epilogue e = epilogue(row0);
 #pragma unroll
-    for (int first = 0; first < kOwnTokens; first += 32) {
+    for (int first = 0; first < kOwnTokens; first += Shape::kOutTokens) {
       const uint32_t room = next_room();
       const int token = token0 + parity * kOwnTokens + first;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < Shape::kOutTokens / 16; i++) {
         float d[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) d[j] = own[first / 2 + 8 * i + j];
@@ -142,6 +143,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
   }
   __device__ __forceinline__ void share_sums(const Own& own) const {
     sync_threads<128 * Shape::kGroups>(5);  // all of x is read
+    if (!Group::owns()) return;
 #pragma unroll
     for (int q = 0; q < kQuads; q++) store_quad(shared_sums(parity * kQuads + q), &own[4 * q]);
   }
@@ -183,7 +185,8 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
 #if LOWBIT_HOPPER
   using Shape = MatmulShape<F, T, kTokens>;
   extern __shared__ char shared[];
-  const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
+  uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
+  asm volatile("" : "+r"(base));  // else the loops compute it again: 20 of 200 instructions
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   const int lane = int(threadIdx.x) % 32;
   const MatmulBlock<F, T, kTokens> block(a, base);

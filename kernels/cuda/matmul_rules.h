@@ -31,13 +31,27 @@ constexpr int64_t clusters_at_once(int processors, int blocks) {
 // The tiling that a model of the time prefers: rounds of tiles, each so long as its units of
 // 128 k, and what begins and ends a tile. Microseconds, from 4-bit g64, bf16, H200, 2026-11-22
 // (tokens, split: 4096x14336 M=64: 64, 1: 22.5; M=256: 256, 1: 49; 14336x4096 M=256: 128, 2:
-// 49.2; 4096x4096 M=64: 64, 3: 12.9; M=128: 64, 2: 15.8; M=256: 128, 2: 19).
+// 49.2; 4096x4096 M=64: 64, 3: 12.9; M=128: 64, 2: 15.8; M=256: 128, 2: 19; 2026-11-23:
+// 4096x14336 M=16: 16, 1: 18.4; M=32: 32, 1: 19.4; 4096x4096 M=16: 16, 3: 10.7; M=32: 32, 3:
+// 11.1).
 struct MatmulTiling {
   int tokens;
   float unit, tile;
 };
-inline constexpr MatmulTiling kMatmulTilings[] = {
-    {64, 0.52f, 4.9f}, {128, 0.75f, 5.2f}, {256, 1.25f, 8.0f}};
+inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f},
+                                                  {32, 0.48f, 3.3f},
+                                                  {64, 0.52f, 4.9f},
+                                                  {128, 0.75f, 5.2f},
+                                                  {256, 1.25f, 8.0f}};
+
+// Whether matmul is faster than matvec where both can: beyond 8 rows of x, but for e2m1, whose
+// codes matvec decodes in fewer instructions. 4096x14336, M=16, matvec and matmul: 4-bit 21.5
+// and 18.4, 3-bit 23.4 and 19.0, 8-bit 28.7 and 20.6, mxfp8 25.2 and 22.0, nvfp4 22.5 and 24.3
+// us (H200, 2026-11-23).
+inline bool matmul_preferred(const Problem& p) {
+  const FormatInfo& f = kFormats[int(p.format)];
+  return p.M > 8 && (f.affine() || f.bits == 8);
+}
 
 inline Plan matmul_plan(const Problem& p, const Device& device) {
   const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
@@ -52,7 +66,7 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
         const int64_t rounds = up(tiles, clusters_at_once(device.processors, share * split));
         // Sharing x spares the L2 cache, and ties two blocks together: 27.3 for 22.5 us at
         // M=64.
-        const float unit = t.unit * (share == 2 && t.tokens == 64 ? 1.25f : 1.0f);
+        const float unit = t.unit * (share == 2 && t.tokens <= 64 ? 1.25f : 1.0f);
         const float time = float(rounds) * (float(split > 1 ? part : units) * unit + 1.0f) +
                            t.tile + (split > 1 ? 1.0f : 0.0f) + (share == 2 ? 0.1f : 0.0f);
         if (least != 0.0f && time >= least) continue;

@@ -19,8 +19,10 @@ Problem after_quantizing(Problem p) {
 
 Plan plan(const Problem& asked, const Device& device) {
   const Problem p = after_quantizing(asked);
-  if (matvec_supports(p, device)) return matvec_plan(p, device);
-  if (!p.gather && matmul_supports(p, device)) return matmul_plan(p, device);
+  const bool matmul = !p.gather && matmul_supports(p, device);
+  if (matvec_supports(p, device) && !(matmul && matmul_preferred(p)))
+    return matvec_plan(p, device);
+  if (matmul) return matmul_plan(p, device);
   return {Plan::Kernel::simt, 0, 0, 0, 0};
 }
 

@@ -60,6 +60,31 @@ struct Wgmma;
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 
+#define LOWBIT_WGMMA_16(T, type)                                                      \
+  template <>                                                                         \
+  struct Wgmma<T, 16> {                                                               \
+    static __device__ __forceinline__ void run(float (&d)[8], const uint32_t (&a)[4], \
+                                               uint64_t b) {                          \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type        \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,1,1,1,0;"          \
+                   : LOWBIT_D8(0)                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));             \
+    }                                                                                 \
+  };
+
+#define LOWBIT_WGMMA_32(T, type)                                                       \
+  template <>                                                                          \
+  struct Wgmma<T, 32> {                                                                \
+    static __device__ __forceinline__ void run(float (&d)[16], const uint32_t (&a)[4], \
+                                               uint64_t b) {                           \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type         \
+                   " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"         \
+                   "{%16,%17,%18,%19},%20,1,1,1,0;"                                    \
+                   : LOWBIT_D8(0), LOWBIT_D8(8)                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));              \
+    }                                                                                  \
+  };
+
 #define LOWBIT_WGMMA_64(T, type)                                                            \
   template <>                                                                               \
   struct Wgmma<T, 64> {                                                                     \
@@ -117,6 +142,10 @@ struct Wgmma;
     }                                                                                         \
   };
 
+LOWBIT_WGMMA_16(bf16, "bf16")
+LOWBIT_WGMMA_16(f16, "f16")
+LOWBIT_WGMMA_32(bf16, "bf16")
+LOWBIT_WGMMA_32(f16, "f16")
 LOWBIT_WGMMA_64(bf16, "bf16")
 LOWBIT_WGMMA_64(f16, "f16")
 LOWBIT_WGMMA_128(bf16, "bf16")
@@ -124,6 +153,8 @@ LOWBIT_WGMMA_128(f16, "f16")
 LOWBIT_WGMMA_256(bf16, "bf16")
 LOWBIT_WGMMA_256(f16, "f16")
 
+#undef LOWBIT_WGMMA_16
+#undef LOWBIT_WGMMA_32
 #undef LOWBIT_WGMMA_64
 #undef LOWBIT_WGMMA_128
 #undef LOWBIT_WGMMA_256

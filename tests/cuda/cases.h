@@ -177,8 +177,8 @@ inline constexpr Shape kShapes[] = {
     {32, 128, 1024}, {33, 40, 544},  {64, 64, 64},     {65, 130, 352},  {100, 72, 1248},
     {128, 256, 512}, {129, 136, 48}, {200, 300, 1000}, {256, 64, 320},  {300, 200, 480},
 };
-inline constexpr Shape kQuickShapes[] = {
-    {1, 65, 288}, {6, 40, 1056}, {70, 72, 288}, {70, 136, 1536}};
+inline constexpr Shape kQuickShapes[] = {{1, 65, 288},  {6, 40, 1056}, {12, 136, 1536},
+                                         {25, 72, 864}, {70, 72, 288}, {70, 136, 1536}};
 
 // (pairs, M of a pair, matrices of x, matrices of w, N, K)
 struct GatherShape {

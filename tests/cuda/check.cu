@@ -37,7 +37,6 @@ __attribute__((weak)) void quantize(Format, const void*, Dtype, int64_t, const f
                                     void*, void*, Queue&);
 __attribute__((weak)) void dequantize(Format, const Weights&, const float*, void*, Dtype,
                                       Queue&);
-__attribute__((weak)) Plan plan(const Problem&, const Device&);
 __attribute__((weak)) void run(const Product&, Queue&);
 }  // namespace lowbit::cuda
 
@@ -51,9 +50,9 @@ Problem problem_of(const Case& c) {
 struct ProductKernel {
   const char* name;
   void (*run)(const cuda::Product&, const cuda::Plan&, cuda::Queue&);
-  cuda::Plan fallback;  // where plan() is not linked or chooses another kernel
-  bool exact;           // weights stay float32, infinities keep their sign
-  size_t alignment;     // of x and codes, in bytes, that run() sees to
+  cuda::Plan (*plan)(const Problem&, const cuda::Device&);
+  bool exact;        // weights stay float32, infinities keep their sign
+  size_t alignment;  // of x and codes, in bytes, that run() sees to
   bool (*takes)(const Case&, const cuda::Device&);
 };
 
@@ -70,16 +69,20 @@ decltype(ProductKernel::run) run_as_planned() {
   return [](const cuda::Product& p, const cuda::Plan&, cuda::Queue& q) { cuda::run(p, q); };
 }
 
+cuda::Plan plain_plan(const Problem&, const cuda::Device&) {
+  return {cuda::Plan::Kernel::simt, 0, 0, 0, 0};
+}
+
 const ProductKernel kKernels[] = {
     {"simt",
      cuda::simt,
-     {cuda::Plan::Kernel::simt, 0, 0, 0, 0},
+     plain_plan,
      true,
      1,
      [](const Case&, const cuda::Device&) { return true; }},
     {"matvec",
      cuda::matvec,
-     {cuda::Plan::Kernel::matvec, 8, 16, 4, 1},
+     cuda::matvec_plan,
      false,
      1,
      [](const Case& c, const cuda::Device& device) {
@@ -87,7 +90,7 @@ const ProductKernel kKernels[] = {
      }},
     {"matmul",
      cuda::matmul,
-     {cuda::Plan::Kernel::matmul, 128, 128, 4, 1},
+     cuda::matmul_plan,
      false,
      16,
      [](const Case& c, const cuda::Device& device) {
@@ -96,7 +99,7 @@ const ProductKernel kKernels[] = {
     // MLX's ops come here with operands promoted to one dtype.
     {"run",
      run_as_planned(),
-     {cuda::Plan::Kernel::simt, 0, 0, 0, 0},
+     plain_plan,
      false,
      1,
      [](const Case& c, const cuda::Device&) {
@@ -156,11 +159,7 @@ struct Bench {
   explicit Bench(const Options& o) : memory(o.exact), options(o) {}
 
   cuda::Plan plan_of(const ProductKernel& kernel, const Case& c) const {
-    cuda::Plan p = kernel.fallback;
-    if (cuda::plan) {
-      const cuda::Plan chosen = cuda::plan(problem_of(c), queue.device());
-      if (chosen.kernel == p.kernel) p = chosen;
-    }
+    cuda::Plan p = kernel.plan(problem_of(c), queue.device());
     options.override(p);
     return p;
   }

@@ -23,9 +23,18 @@ def plan(fmt: Format, M: int, N: int, K: int, dtype: int = BFLOAT16, **options):
 
 
 @pytest.mark.parametrize("M, tokens", [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
-def test_few_rows_read_weights_once(fmt, M, tokens):
-    words, kernel, got, *_ = plan(fmt, M, 4096, 4096)
-    assert (kernel, got) == (MATVEC, tokens), words
+@pytest.mark.parametrize("device, K", [(H200, 4096), (A100, 1024)], ids=["H200", "A100"])
+def test_few_rows_read_weights_once(fmt, M, tokens, device, K):
+    words, kernel, got, *_ = plan(fmt, M, 4096, K, **device)
+    e2m1 = fmt.mode != "affine" and fmt.bits == 4
+    wgmma = device == H200 and M > 8 and not e2m1
+    assert (kernel, got) == (MATMUL if wgmma else MATVEC, tokens), words
+
+
+@pytest.mark.parametrize("M, tokens", [(17, 32), (32, 32), (33, 64), (64, 64)])
+def test_tiles_of_wgmma_are_as_wide_as_x(fmt, M, tokens):
+    words, kernel, got, *_ = plan(fmt, M, 14336, 4096)
+    assert (kernel, got) == (MATMUL, tokens), words
 
 
 def test_many_rows_on_hopper_use_wgmma(fmt):
