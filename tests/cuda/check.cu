@@ -74,34 +74,18 @@ cuda::Plan plain_plan(const Problem&, const cuda::Device&) {
 }
 
 const ProductKernel kKernels[] = {
-    {"simt",
-     cuda::simt,
-     plain_plan,
-     true,
-     1,
+    {"simt", cuda::simt, plain_plan, true, 1,
      [](const Case&, const cuda::Device&) { return true; }},
-    {"matvec",
-     cuda::matvec,
-     cuda::matvec_plan,
-     false,
-     1,
+    {"matvec", cuda::matvec, cuda::matvec_plan, false, 1,
      [](const Case& c, const cuda::Device& device) {
        return takes_pairs(c) && cuda::matvec_supports(problem_of(c), device);
      }},
-    {"matmul",
-     cuda::matmul,
-     cuda::matmul_plan,
-     false,
-     16,
+    {"matmul", cuda::matmul, cuda::matmul_plan, false, 16,
      [](const Case& c, const cuda::Device& device) {
        return takes_pairs(c) && !c.pairs && cuda::matmul_supports(problem_of(c), device);
      }},
     // MLX's ops come here with operands promoted to one dtype.
-    {"run",
-     run_as_planned(),
-     plain_plan,
-     false,
-     1,
+    {"run", run_as_planned(), plain_plan, false, 1,
      [](const Case& c, const cuda::Device&) {
        return c.dtype == Dtype::f32 || c.pairs > 0 || takes_pairs(c);
      }},
