@@ -266,4 +266,21 @@ struct Eight<E4m3> {
   }
 };
 
+// 8 elements of a group as the format holds them: encoded and decoded.
+template <class F>
+__device__ __forceinline__ void round_trip(float (&x)[8], const Block<F>& block) {
+  using Codes = Eight<typename F::Code>;
+#pragma unroll
+  for (float& v : x) v = __fmul_rn(v, block.factor);
+  uint32_t codes[Codes::kWords];
+  Codes::encode(x, codes);
+  Codes::decode(
+      Codes::kWords == 1 ? codes[0] : uint64_t(codes[Codes::kWords - 1]) << 32 | codes[0], x);
+  // NaN for a NaN's group: its scale of e4m3 is NaN, that of e8m0 infinity.
+  const float scale =
+      block.scale == F::kNanScale ? from_bits(0x7fffffffu) : F::Scale::decode(block.scale);
+#pragma unroll
+  for (float& v : x) v *= scale;
+}
+
 }  // namespace lowbit::cuda

@@ -89,6 +89,10 @@ void simt(const Product&, const Plan&, Queue&);
 // `groups` groups of w: codes are packed, scales and biases stored; bit for bit mx.quantize.
 void quantize(Format, const void* w, Dtype, int64_t groups, const float* global_scale,
               uint8_t* codes, void* scales, void* biases, Queue&);
+// `groups` groups of bfloat16 x as a block format holds them, in bfloat16, which it does
+// exactly; without the factor of the global scale. out begins at a multiple of 16 bytes.
+void round_trip(Format, const void* x, int64_t groups, const float* global_scale, void* out,
+                Queue&);
 // The values of rows * columns codes, times global_scale / 2688 if there is one.
 void dequantize(Format, const Weights&, const float* global_scale, void* out, Dtype, Queue&);
 

@@ -4,9 +4,8 @@
 //   cluster      `share` blocks with neighbouring rows of W and the same tokens, times `split`
 //                parts of K of the same tile
 //   block        128 rows of W x kTokens tokens, tile after tile (split: one tile)
-//     2 warpgroups      64 rows each: decode 16 k of their rows while the tensor cores multiply
-//     the
-//                       16 before them; sums stay in registers to the end of the tile
+//     2 warpgroups      64 rows each: decode 16 k of their rows while the tensor cores
+//                       multiply the 16 before them; sums stay in registers to the end
 //     or 4 warpgroups   two for each 64 rows, with every other unit of K: for few tokens, where
 //                       decoding takes longer than multiplying
 //     one more warpgroup
@@ -19,6 +18,9 @@
 // barriers. After the last multiply of a split tile the ring holds this block's sums, which the
 // cluster adds in the order of the parts: results do not depend on timing.
 //
+// Gathered products are the same but for where a tile comes from and where y's rows go:
+// matmul_gather.cuh. Their tiles are not split.
+//
 // What the time of few tokens went to (M=64, 4-bit, 4096x14336, 26.9 us; H200, 2026-11-22): not
 // memory (without x 27.1, without codes 26.2) but instructions. Four warps a scheduler took
 // 1040 cycles a unit, of which the tensor cores need 512 and the decoder's three instructions a
@@ -27,19 +29,11 @@
 // stays at a multiply with operands in registers until the tensor cores are done with them:
 // what is loaded next is asked for before it. 3.7 us pass before the first unit is there, half
 // of them before its copies are asked for, with instructions that no cache has yet.
-//
-// What bounds 16 tokens (4-bit, 4096x14336, 18.4 us; H200, 2026-11-23): without
-// multiplying 13.1, without memory and scales 15.0, decoding alone 8.5. A multiply of 16 tokens
-// takes the tensor cores 13 cycles, of 32 16, of 64 32, yet hardly overlaps with other warps'
-// decoding: 8 byte permutes, 8 masks and 8 multiply-adds take 36 cycles a warp, two multiplies
-// 27, both together 57 (82 with 64 tokens' 64). Byte permutes and logic have half the rate of
-// multiply-adds, so they are what to save. mma.sync in wgmma's place takes as long with 16
-// tokens and longer with more, and so do multiplies in batches of four.
 #pragma once
 
 #include "kernels.h"
 #include "matmul_decode.cuh"
-#include "tma.h"
+#include "matmul_gather.cuh"
 #include "wgmma.h"
 
 namespace lowbit::cuda {
@@ -57,12 +51,13 @@ struct MatmulArgs {
   bool bias_is_f32;  // else of x's type
   const float *global_x, *global_w;
   int M, N, K;
-  int row_groups, token_tiles,
-      panel;  // tiles: `share` * 128 rows, kTokens tokens; see tile_at
+  // Tiles: `share` * 128 rows, kTokens tokens; see each_tile. token_tiles: gathered, at most.
+  int row_groups, token_tiles, panel;
   int share, split;
   int x_bytes;      // of x that a block gets for 64 k
   int units, part;  // of 128 k: of K, and of each part (even)
   int out_tokens;   // that leave at once: kOutTokens, or 16 of a split tile
+  MatmulGather gather;
 };
 
 inline constexpr int kMostSplit = 4;
@@ -151,10 +146,11 @@ struct Ring {
   }
 };
 
-template <class F, class T, int kTokens>
+template <class F, class T, int kTokens, bool kGather>
 struct MatmulBlock {
   using Shape = MatmulShape<F, T, kTokens>;
   using Decode = WeightPairs<F, T>;
+  using Tile = MatmulTile<kGather>;
   using UnitRing = Ring<Shape::kStages>;
   using XRing = Ring<Shape::kXStages ? Shape::kXStages : 1>;
 
@@ -215,16 +211,20 @@ struct MatmulBlock {
 
   // Tiles in the order in which clusters take them: tokens first within a panel of `panel`
   // token tiles, so that what runs at once shares W's rows and stays within a part of x that
-  // the L2 cache holds.
+  // the L2 cache holds. The body gets its first row and what Tile makes a tile of: the first
+  // token, or, gathered, the place in the list.
   template <class Body>
   __device__ __forceinline__ void each_tile(Body body) const {
     const int size = a.share * a.split, clusters = int(gridDim.x) / size;
-    const int tiles = a.row_groups * a.token_tiles, whole = a.row_groups * a.panel;
-    for (int t = int(blockIdx.x) / size; t < tiles; t += clusters) {
+    const int whole = a.row_groups * a.panel;
+    const int most = a.row_groups * a.token_tiles;
+    const auto token_tiles = [&] { return kGather ? Tile::count(a.gather) : a.token_tiles; };
+    const auto tiles = [&] { return kGather ? a.row_groups * token_tiles() : most; };
+    for (int t = int(blockIdx.x) / size; t < tiles(); t += clusters) {
       const int first = t / whole * a.panel, within = t % whole;
-      const int width = min(a.panel, a.token_tiles - first);
+      const int width = min(a.panel, token_tiles() - first);
       body((within / width * a.share + share_rank) * Shape::kRows,
-           (first + within % width) * kTokens);
+           (first + within % width) * (kGather ? 1 : kTokens));
     }
   }
 
@@ -238,12 +238,14 @@ struct MatmulBlock {
   // A lane: codes, and x where it is not apart.
   __device__ void copy() const {
     UnitRing ring;
-    each_tile([&](int row0, int token0) {
+    each_tile([&](int row0, int place) {
+      const Tile tile(a.gather, row0, place);
+      const int row = tile.first_row(a.N) + row0, token0 = tile.token0;
       for (int u = first_unit; u < last_unit; u++, ring.advance()) {
         const uint32_t bar = full(ring.slot), to = stage(ring.slot);
         wait_phase(empty(ring.slot), ring.parity ^ 1);
         arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * a.x_bytes));
-        load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row0, bar);
+        load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row, bar);
         if constexpr (!Shape::kApart) {
           copy_x(to, u * 128, token0, bar);
           copy_x(to + Shape::kXBytes, u * 128 + 64, token0, bar);
@@ -254,7 +256,8 @@ struct MatmulBlock {
   // A lane: x apart.
   __device__ void copy_apart() const {
     XRing ring;
-    each_tile([&](int, int token0) {
+    each_tile([&](int row0, int place) {
+      const int token0 = Tile(a.gather, row0, place).token0;
       for (int k = first_unit * 128; k < last_unit * 128; k += 64, ring.advance()) {
         wait_phase(x_empty(ring.slot), ring.parity ^ 1);
         arrive_expecting(x_full(ring.slot), a.x_bytes);
@@ -311,7 +314,10 @@ struct MatmulBlock {
         store_shared(table + 4 * i, Decode::entry(uint32_t(i)));
       sync_threads<64>(9);
     }
-    each_tile([&](int row0, int) {
+    each_tile([&](int row0, int place) {
+      const Tile tile(a.gather, row0, place);
+      const int64_t before = int64_t(tile.first_row(a.N)) * a.scale_row;
+      const uint8_t *scales = a.scales + before, *biases = a.biases + before;
       // Rows beyond the matrix take the last row's: nothing of them is written.
       uint32_t row_at[2];
 #pragma unroll
@@ -324,9 +330,9 @@ struct MatmulBlock {
         const int at = unit * kUnit, left = a.scale_row - at;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          s[i].load(a.scales, row_at[i] + at, left, a.scale_vectors);
+          s[i].load(scales, row_at[i] + at, left, a.scale_vectors);
           if constexpr (Shape::kAffine)
-            b[i].load(a.biases, row_at[i] + at, left, a.scale_vectors);
+            b[i].load(biases, row_at[i] + at, left, a.scale_vectors);
         }
       };
       if (first_unit < last_unit) load(first_unit);
@@ -336,8 +342,8 @@ struct MatmulBlock {
            at += 128)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          prefetch_line(a.scales + (row_at[i] + at));
-          if constexpr (Shape::kAffine) prefetch_line(a.biases + (row_at[i] + at));
+          prefetch_line(scales + (row_at[i] + at));
+          if constexpr (Shape::kAffine) prefetch_line(biases + (row_at[i] + at));
         }
       for (int u = first_unit; u < last_unit; u += 2) {
         const Batch now_s[2] = {s[0], s[1]}, now_b[2] = {b[0], b[1]};
@@ -384,6 +390,7 @@ struct MatmulBlock {
         }
       }
     });
+    if (kGather && !started) start(kScales);  // the list may be shorter than the grid
   }
 };
 

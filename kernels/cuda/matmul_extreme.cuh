@@ -18,22 +18,26 @@ __device__ __forceinline__ uint32_t one_code(const uint32_t* row, int64_t k) {
 }
 
 // One row of y, at every other token of 16 from `token` on, each weight by itself: for scales
-// that the decoder cannot carry. Apart from MatmulGroup, whose members it would force into
-// memory.
-template <class F, class T, int kTokens>
+// that the decoder cannot carry. place: of the tile, see each_tile. Apart from MatmulGroup,
+// whose members it would force into memory; and numbers instead of a tile, which took plain
+// kernels registers.
+template <class F, class T, int kTokens, bool kGather>
 __device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int token, int first,
-                                           int step) {
+                                           int step, int place) {
+  const MatmulTile<kGather> tile(a.gather, row, place);
+  const int end = tile.end(a.M);
   if (row >= a.N) return;
+  const int64_t w_row = tile.first_row(a.N) + row;
   float alpha = 1.0f, bias = 0.0f;
-  if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
+  if (a.global_w) alpha *= tile.global_w(a.gather, a.global_w) / Nvfp4::kGlobalMax;
   if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
   if (a.bias)
-    bias = a.bias_is_f32 ? static_cast<const float*>(a.bias)[row]
-                         : float(static_cast<const T*>(a.bias)[row]);
-  const auto* codes = reinterpret_cast<const uint32_t*>(a.code_data + row * a.row_bytes);
-  const int64_t scales = int64_t(row) * (a.K / F::kGroup);
+    bias = a.bias_is_f32 ? static_cast<const float*>(a.bias)[w_row]
+                         : float(static_cast<const T*>(a.bias)[w_row]);
+  const auto* codes = reinterpret_cast<const uint32_t*>(a.code_data + w_row * a.row_bytes);
+  const int64_t scales = w_row * (a.K / F::kGroup);
   for (int i = first; i < kTokens / 16; i += step)
-    for (int t = token + 16 * i; t < min(token + 16 * i + 15, a.M); t += 2) {
+    for (int t = token + 16 * i; t < min(token + 16 * i + 15, end); t += 2) {
       const T* x = static_cast<const T*>(a.x_data) + int64_t(t) * a.K;
       float sum = 0.0f;
       for (int k = 0; k < a.K; k++) {
@@ -46,7 +50,8 @@ __device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int tok
           w *= F::Scale::decode(a.scales[at]);
         sum = fmaf(float(x[k]), w, sum);
       }
-      static_cast<T*>(a.y_data)[int64_t(t) * a.N + row] = T(fmaf(alpha, sum, bias));
+      static_cast<T*>(a.y_data)[int64_t(tile.y_row(a.gather, t)) * a.N + row] =
+          T(fmaf(alpha, sum, bias));
     }
 }
 

@@ -9,17 +9,27 @@ namespace lowbit::cuda {
 
 namespace {
 
-template <class F, class T, int kTokens>
+// Gathered: all rows that pairs bring, sorted by matrix, and all matrices' rows of w.
+template <class F, class T, int kTokens, bool kGather>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
   using Shape = MatmulShape<F, T, kTokens>;
   const auto up = [](int64_t n, int64_t by) { return int((n + by - 1) / by); };
   MatmulArgs a{};
-  a.M = int(p.M), a.N = int(p.N), a.K = int(p.K);
+  int64_t rows = p.M, w_rows = p.N, token_tiles = up(p.M, kTokens);
+  const void* x = p.x;
+  if constexpr (kGather) {
+    const Grouping g = group_rows(p, kTokens, queue);
+    rows = p.pairs * p.M, w_rows = p.w.matrices * p.N, token_tiles = g.most_tiles;
+    x = sorted_x(p, g, queue);
+    a.gather = {g.tiles, g.tile_count, g.y_rows, int(p.global_w_count),
+                aligned(p.y, 2 * p.N, 16)};
+  }
+  a.M = int(rows), a.N = int(p.N), a.K = int(p.K);
   a.share = plan.rows / Shape::kRows;
   a.units = up(p.K, 128);
   a.split = plan.split_k;
   a.part = up(up(a.units, a.split), 2) * 2;
-  a.token_tiles = up(p.M, kTokens);
+  a.token_tiles = int(token_tiles);
   a.row_groups = up(p.N, plan.rows);
   // 2048 tokens: 16 MB of x at K = 4096.
   a.panel = 2048 / kTokens;
@@ -28,13 +38,13 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   // Fewer rows than a tile has are copied as they are. To have the copy engine fill up the rest
   // is slow: 25.4 us for 32 rows in a tile of 64 where 64 took 22.8 (4-bit 4096x14336, H200,
   // 2026-11-23). What the tile then holds beyond them reaches no y.
-  const int rows = a.share == 1 && a.M < kTokens ? a.M : kTokens / a.share;
-  a.x = tensor_map(p.x, 2, p.M, p.K, 2 * p.K, rows, 64, 128);
-  a.x_bytes = rows * a.share * 128;
-  a.codes = tensor_map(p.w.codes, 1, p.N, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
+  const int box = a.share == 1 && a.M < kTokens ? a.M : kTokens / a.share;
+  a.x = tensor_map(x, 2, rows, p.K, 2 * p.K, box, 64, 128);
+  a.x_bytes = box * a.share * 128;
+  a.codes = tensor_map(p.w.codes, 1, w_rows, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
                        Shape::kRowBytes, Shape::kSwizzle);
-  a.x_data = p.x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes, a.y_data = p.y;
-  a.y_tiles = aligned(p.y, 2 * p.N, 16);
+  a.x_data = x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes, a.y_data = p.y;
+  a.y_tiles = !kGather && aligned(p.y, 2 * p.N, 16);
   a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.x;
   a.scales = static_cast<const uint8_t*>(p.w.scales);
   a.biases = static_cast<const uint8_t*>(p.w.biases);
@@ -45,20 +55,25 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.global_x = p.global_x, a.global_w = p.global_w;
 
   const int cluster = a.share * a.split, tiles = a.row_groups * a.token_tiles;
-  int clusters = most_clusters(matmul_kernel<F, T, kTokens>, Shape::kThreads, Shape::kBytes,
-                               cluster, queue.device().processors);
+  int clusters = most_clusters(matmul_kernel<F, T, kTokens, kGather>, Shape::kThreads,
+                               Shape::kBytes, cluster, queue.device().processors);
   if (a.split > 1 || clusters > tiles) clusters = tiles;
-  queue.run(matmul_kernel<F, T, kTokens>, dim3(clusters * cluster), dim3(Shape::kThreads),
-            size_t(Shape::kBytes), cluster, a);
+  queue.run(matmul_kernel<F, T, kTokens, kGather>, dim3(clusters * cluster),
+            dim3(Shape::kThreads), size_t(Shape::kBytes), cluster, a);
+}
+
+template <class F, class T, bool kGather>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  if (plan.tokens == 16) return launch<F, T, 16, kGather>(p, plan, queue);
+  if (plan.tokens == 32) return launch<F, T, 32, kGather>(p, plan, queue);
+  if (plan.tokens == 64) return launch<F, T, 64, kGather>(p, plan, queue);
+  if (plan.tokens == 128) return launch<F, T, 128, kGather>(p, plan, queue);
+  return launch<F, T, 256, kGather>(p, plan, queue);
 }
 
 template <class F, class T>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
-  if (plan.tokens == 16) return launch<F, T, 16>(p, plan, queue);
-  if (plan.tokens == 32) return launch<F, T, 32>(p, plan, queue);
-  if (plan.tokens == 64) return launch<F, T, 64>(p, plan, queue);
-  if (plan.tokens == 128) return launch<F, T, 128>(p, plan, queue);
-  return launch<F, T, 256>(p, plan, queue);
+  return p.rhs ? launch<F, T, true>(p, plan, queue) : launch<F, T, false>(p, plan, queue);
 }
 
 }  // namespace

@@ -1,5 +1,13 @@
 // The warpgroups of matmul that multiply (what a block is and how its shared memory is filled:
 // matmul.h), up to the sums of a tile.
+//
+// What bounds 16 tokens (4-bit, 4096x14336, 18.4 us; H200, 2026-11-23): without
+// multiplying 13.1, without memory and scales 15.0, decoding alone 8.5. A multiply of 16 tokens
+// takes the tensor cores 13 cycles, of 32 16, of 64 32, yet hardly overlaps with other warps'
+// decoding: 8 byte permutes, 8 masks and 8 multiply-adds take 36 cycles a warp, two multiplies
+// 27, both together 57 (82 with 64 tokens' 64). Byte permutes and logic have half the rate of
+// multiply-adds, so they are what to save. mma.sync in wgmma's place takes as long with 16
+// tokens and longer with more, and so do multiplies in batches of four.
 #pragma once
 
 #include "matmul.h"
@@ -9,9 +17,9 @@ namespace lowbit::cuda {
 #if LOWBIT_HOPPER
 
 // One of the warpgroups that multiply.
-template <class F, class T, int kTokens>
-struct MatmulGroup : MatmulBlock<F, T, kTokens> {
-  using Block = MatmulBlock<F, T, kTokens>;
+template <class F, class T, int kTokens, bool kGather>
+struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
+  using Block = MatmulBlock<F, T, kTokens, kGather>;
   using Shape = typename Block::Shape;
   using Decode = typename Block::Decode;
   using Block::a, Block::base;
@@ -131,6 +139,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
     }
   }
 
+  // Of the tile's tokens the first `width`.
+  template <int width>
   __device__ __forceinline__ void multiply_tile(Sums& sums) {
     Piece pieces[2];
     uint32_t operands[2][kBatch][4] = {};
@@ -165,8 +175,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens> {
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
           const int half_at = Shape::kApart ? 0 : (step + i) / 4 * (Shape::kXBytes / 16);
-          Wgmma<T, kTokens>::run(sums, operand[i],
-                                 b + uint64_t(half_at) + (step + i) % 4 * kDescriptorStep);
+          Wgmma<T, width>::run(reinterpret_cast<float(&)[width / 2]>(sums), operand[i],
+                               b + uint64_t(half_at) + (step + i) % 4 * kDescriptorStep);
         }
         wgmma_commit();
         wgmma_wait<1>();  // those before: their operands and the x they read are free

@@ -1,6 +1,8 @@
 // matmul's way from a tile's sums to y, and the kernel.
 #pragma once
 
+#include <type_traits>
+
 #include "matmul_extreme.cuh"
 #include "matmul_group.cuh"
 
@@ -9,13 +11,13 @@ namespace lowbit::cuda {
 #if LOWBIT_HOPPER
 
 // How a warpgroup brings a tile's sums to y.
-template <class F, class T, int kTokens>
-struct MatmulWriter : MatmulGroup<F, T, kTokens> {
-  using Group = MatmulGroup<F, T, kTokens>;
+template <class F, class T, int kTokens, bool kGather>
+struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather> {
+  using Group = MatmulGroup<F, T, kTokens, kGather>;
   using Group::a, Group::base, Group::group, Group::half, Group::kOwnTokens, Group::kParities;
   using Group::kQuads, Group::lane, Group::parity, Group::store_quad, Group::warp;
   using typename Group::Block, typename Group::Decode, typename Group::Own,
-      typename Group::Shape;
+      typename Group::Shape, typename Group::Tile;
 
   uint32_t out_at;  // where this lane's row of an 8x8 tile of y goes
   uint32_t out_count = 0;
@@ -31,35 +33,39 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
     float alpha, bias[2];
     int row;  // the lane's first
   };
-  __device__ __forceinline__ Epilogue epilogue(int row0) const {
+  __device__ __forceinline__ Epilogue epilogue(const Tile& tile) const {
     Epilogue e;
-    e.row = row0 + half * 64 + warp * 16 + lane / 4;
+    e.row = tile.row0 + half * 64 + warp * 16 + lane / 4;
     e.alpha = __uint_as_float(uint32_t(127 + Decode::kAlphaExponent) << 23);
-    if (a.global_w) e.alpha *= *a.global_w / Nvfp4::kGlobalMax;
+    if (a.global_w) e.alpha *= tile.global_w(a.gather, a.global_w) / Nvfp4::kGlobalMax;
     if (a.global_x) e.alpha *= *a.global_x / Nvfp4::kGlobalMax;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = e.row + 8 * r;
       e.bias[r] = 0.0f;
+      const int at = tile.first_row(a.N) + row;
       if (a.bias && row < a.N)
-        e.bias[r] = a.bias_is_f32 ? static_cast<const float*>(a.bias)[row]
-                                  : float(static_cast<const T*>(a.bias)[row]);
+        e.bias[r] = a.bias_is_f32 ? static_cast<const float*>(a.bias)[at]
+                                  : float(static_cast<const T*>(a.bias)[at]);
     }
     return e;
   }
 
   // d: sums of 16 tokens from `token` on, this lane's two rows of each. To y's type, and to
-  // `room`, or straight to y where tensor copies cannot write it.
+  // `room`, or, not gathered, straight to y where tensor copies cannot write it.
   __device__ __forceinline__ void put(const Epilogue& e, float (&d)[8], int token,
                                       uint32_t room) const {
 #pragma unroll
     for (int j = 0; j < 8; j++) d[j] = fmaf(e.alpha, d[j], e.bias[j / 2 % 2]);
-    if (a.y_tiles) {
-      uint32_t v[4];
+    if constexpr (!kGather)
+      if (!a.y_tiles) return put_straight(e, d, token);
+    uint32_t v[4];
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[j] = Half<T>::pack(d[2 * j], d[2 * j + 1]);
-      return store_transposed(room + out_at, v);
-    }
+    for (int j = 0; j < 4; j++) v[j] = Half<T>::pack(d[2 * j], d[2 * j + 1]);
+    store_transposed(room + out_at, v);
+  }
+  __device__ __forceinline__ void put_straight(const Epilogue& e, const float (&d)[8],
+                                               int token) const {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const int t = token + j / 4 * 8 + 2 * (lane % 4) + j % 2, row = e.row + j / 2 % 2 * 8;
@@ -71,7 +77,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
   __device__ __forceinline__ uint32_t next_room() {
     const uint32_t bytes = uint32_t(a.out_tokens) * 128;
     const uint32_t at = out_count++ * bytes % Shape::kOutBytes;
-    if (a.y_tiles && out_count * bytes > Shape::kOutBytes) {
+    if (!kGather && a.y_tiles && out_count * bytes > Shape::kOutBytes) {
       if (warp == 0 && lane == 0) {
         if (bytes == Shape::kOutBytes)
           wait_for_stores<0>();
@@ -91,13 +97,31 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
     if (warp == 0 && lane == 0) store_tile(a.y, row0 + half * 64, token, room);
   }
 
-  __device__ __forceinline__ void write(const Own& own, int row0, int token0) {
+  // Gathered: no copy engine reads the room. The threads that do have read it when they next
+  // meet after that: at the sums of the next tile, or, where those stay in their warpgroup, at
+  // the other room.
+  struct NoRows {
+    __device__ __forceinline__ NoRows(const MatmulGather&, const Tile&, int, int) {}
+  };
+  using Rows = std::conditional_t<kGather, MatmulScatter<T, kOwnTokens>, NoRows>;
+  static_assert(kParities == 2 ? Shape::kOutTokens == kOwnTokens
+                               : Shape::kOutBytes >= 2 * Shape::kOutTokens * 128);
+  __device__ __forceinline__ void scatter(const Rows& rows, uint32_t room, int row0,
+                                          int first) const {
+    sync_threads<128>(1 + group());
+    rows.store(a.gather, a.y_data, row0 + half * 64, a.N, room, first, Shape::kOutTokens);
+  }
+
+  __device__ __forceinline__ void write(const Own& own, const Tile& tile) {
     if (!Group::owns()) return;
-    const Epilogue e = epilogue(row0);
+    const int token0 = tile.token0 + parity * kOwnTokens;
+    const Rows rows(a.gather, tile, token0, warp * 32 + lane);
+    const Epilogue e = epilogue(tile);
 #pragma unroll
     for (int first = 0; first < kOwnTokens; first += Shape::kOutTokens) {
+      const int token = token0 + first;
+      if (kGather && token >= tile.end(a.M)) break;
       const uint32_t room = next_room();
-      const int token = token0 + parity * kOwnTokens + first;
 #pragma unroll
       for (int i = 0; i < Shape::kOutTokens / 16; i++) {
         float d[8];
@@ -105,7 +129,10 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
         for (int j = 0; j < 8; j++) d[j] = own[first / 2 + 8 * i + j];
         put(e, d, token + 16 * i, room + i * 16 * 128);
       }
-      send(room, row0, token);
+      if constexpr (kGather)
+        scatter(rows, room, tile.row0, first);
+      else
+        send(room, tile.row0, token);
     }
   }
 
@@ -124,8 +151,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
   }
   // If so: this block's part of the tile again, tokens 16i to 16i + 15 for i = first,
   // first + step, ...
-  __device__ __forceinline__ void mend(bool met, int row0, int token0, int first,
-                                       int step) const {
+  __device__ __forceinline__ void mend(bool met, const Tile& tile, int first, int step) const {
     if constexpr (!Decode::kExtreme) return;
     // The copying warps may be ahead and say so just now: all threads must agree. Nothing may
     // overtake the tile on its way out.
@@ -133,8 +159,9 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
     if (!sync_any<kThreads>(5, met)) return;
     wait_for_stores<0>(true);
     sync_threads<kThreads>(5);
-    write_extreme<F, T, kTokens>(a, row0 + (half * 4 + warp) * 16 + lane / 2, token0 + lane % 2,
-                                 first + parity * step, kParities * step);
+    write_extreme<F, T, kTokens, kGather>(a, tile.row0 + (half * 4 + warp) * 16 + lane / 2,
+                                          tile.token0 + lane % 2, first + parity * step,
+                                          kParities * step, tile.place);
   }
 
   // This block's sums, where the blocks of the cluster find them: four of a lane to 16 bytes.
@@ -149,8 +176,8 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
   }
   // This block's share of the tile's tokens, 16 at a time, summed over the parts of K in their
   // order. All parts are asked for at once: one after the other took 2.3 us at M=64.
-  __device__ __forceinline__ void write_shared(int row0, int token0) {
-    const Epilogue e = epilogue(row0);
+  __device__ __forceinline__ void write_shared(const Tile& tile) {
+    const Epilogue e = epilogue(tile);
     for (int i = Block::part + parity * a.split; i < kTokens / 16; i += kParities * a.split) {
       const uint32_t room = next_room();
       float4 v[kMostSplit][2];
@@ -171,15 +198,15 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens> {
             d[4 * h] += w.x, d[4 * h + 1] += w.y, d[4 * h + 2] += w.z, d[4 * h + 3] += w.w;
           }
         }
-      put(e, d, token0 + 16 * i, room);
-      send(room, row0, token0 + 16 * i);
+      put(e, d, tile.token0 + 16 * i, room);
+      send(room, tile.row0, tile.token0 + 16 * i);
     }
   }
 };
 
 #endif  // LOWBIT_HOPPER
 
-template <class F, class T, int kTokens>
+template <class F, class T, int kTokens, bool kGather>
 __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     matmul_kernel(const __grid_constant__ MatmulArgs a) {
 #if LOWBIT_HOPPER
@@ -189,11 +216,12 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
   asm volatile("" : "+r"(base));  // else the loops compute it again: 20 of 200 instructions
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   const int lane = int(threadIdx.x) % 32;
-  const MatmulBlock<F, T, kTokens> block(a, base);
+  using Writer = MatmulWriter<F, T, kTokens, kGather>;
+  const typename Writer::Block block(a, base);
   constexpr int kCopy = 4 * Shape::kGroups;  // the first warp that copies
   // Registers a thread: 3 * 168 = 2 * 224 + 56, 5 * 96 = 4 * 104 + 64.
   if (warp >= kCopy) {
-    using Block = MatmulBlock<F, T, kTokens>;
+    using Block = typename Writer::Block;
     if (warp == kCopy) {
       if (lane == 0) {
         prefetch_map(a.codes), prefetch_map(a.x);
@@ -211,34 +239,40 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     }
     if (warp >= kCopy + 2) block.copy_scales(warp - kCopy - 2, lane);
     __syncwarp();
-    if (a.split > 1) cluster_sync();
+    if (!kGather && a.split > 1) cluster_sync();
   } else {
-    block.start(MatmulBlock<F, T, kTokens>::kMultiplies);
+    block.start(Writer::kMultiplies);
     claim_registers<Shape::kGroups == 2 ? 224 : 104>();
-    MatmulWriter<F, T, kTokens> group(block, warp, lane);
-    const auto tile_sums = [&](typename MatmulWriter<F, T, kTokens>::Own& own) {
-      typename MatmulWriter<F, T, kTokens>::Sums sums;
-      group.multiply_tile(sums);
+    Writer group(block, warp, lane);
+    // few: a gathered tile of at most 64 tokens, as a matrix's last one may be.
+    const auto tile_sums = [&](typename Writer::Own& own, bool few) {
+      typename Writer::Sums sums;
+      if (kGather && kTokens == 256 && few)
+        group.template multiply_tile<64>(sums);
+      else
+        group.template multiply_tile<kTokens>(sums);
       group.gather_parities(sums, own);
     };
-    if (a.split == 1) {
-      block.each_tile([&](int row0, int token0) {
-        typename MatmulWriter<F, T, kTokens>::Own own;
-        tile_sums(own);
-        group.write(own, row0, token0);
-        group.mend(group.met_extreme(), row0, token0, 0, 1);
+    if (kGather || a.split == 1) {
+      block.each_tile([&](int row0, int place) {
+        typename Writer::Own own;
+        tile_sums(own, Writer::Tile(a.gather, row0, place).few(64));
+        const typename Writer::Tile tile(a.gather, row0, place);
+        group.write(own, tile);
+        group.mend(group.met_extreme(), tile, 0, 1);
       });
     } else {
       {
-        typename MatmulWriter<F, T, kTokens>::Own own;
-        tile_sums(own);
+        typename Writer::Own own;
+        tile_sums(own, false);
         group.share_sums(own);
       }
       cluster_sync();
-      block.each_tile([&](int row0, int token0) {
+      block.each_tile([&](int row0, int place) {
         const bool met = group.met_extreme();
-        group.write_shared(row0, token0);
-        group.mend(met, row0, token0, block.part, a.split);
+        const typename Writer::Tile tile(a.gather, row0, place);
+        group.write_shared(tile);
+        group.mend(met, tile, block.part, a.split);
       });
     }
     wait_for_stores<0>();

@@ -7,8 +7,8 @@ namespace lowbit::cuda {
 
 // wgmma on compute capability 9.0. x and codes are read by tensor copies: their rows, and the
 // addresses of x and codes, are multiples of 16 bytes. Two-byte floats only; the e8m0 scales of
-// mxfp4 and mxfp8 go beyond float16's range. Scales and biases are of x's type. qqmm and pairs
-// are not its work.
+// mxfp4 and mxfp8 go beyond float16's range. Scales and biases are of x's type. qqmm is not
+// its work; pairs: gather_matmul_supports.
 inline bool matmul_supports(const Problem& p, const Device& device) {
   if (device.capability != 90 || device.shared_bytes < 227 * 1024) return false;
   if (p.format == Format::dense || !p.transpose || p.quantize_x) return false;
@@ -73,6 +73,45 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
         least = time;
         best = {Plan::Kernel::matmul, t.tokens, 128 * share, t.tokens == 256 ? 4 : 8, split};
       }
+  return best;
+}
+
+// Gathered: `rows` of x in all, sorted by the matrix of w, of `matrices`, that they meet. Rows
+// of w are counted over all matrices; offsets of scales stay within one.
+inline bool gather_matmul_supports(const Problem& p, const Device& device, int64_t rows,
+                                   int64_t matrices) {
+  constexpr int64_t kMost = 0x7fffffff - 1024;
+  Problem of_one = p;
+  of_one.M = rows;
+  if (!groups(rows, matrices) || !matmul_supports(of_one, device)) return false;
+  return p.N <= kMost / matrices;
+}
+
+// The same model, with the tiles that rows are expected to fill: a matrix's last tile is half
+// full on average, and each matrix that is hit has one. How many there will be is not known
+// here, so rounds are not whole.
+inline Plan gather_matmul_plan(const Problem& p, const Device& device, int64_t rows,
+                               int64_t matrices) {
+  const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+  const int64_t hit = rows < matrices ? rows : matrices;
+  const float rows_of_one = float(rows) / float(hit), units = float(up(p.K, 128));
+  Plan best{};
+  float least = 0.0f;
+  for (const MatmulTiling& t : kMatmulTilings)
+    for (int share : {1, 2}) {
+      // (One of 256 takes less time where 64 tokens are in it.)
+      const float last = t.tokens == 256 ? 0.35f : 0.5f;
+      const float expected = rows_of_one / float(t.tokens) + last;
+      const float token_tiles = float(hit) * (expected < 1.0f ? 1.0f : expected);
+      const float rounds = float(up(p.N, 128 * share)) * token_tiles /
+                           float(clusters_at_once(device.processors, share));
+      const float unit = t.unit * (share == 2 && t.tokens <= 64 ? 1.25f : 1.0f);
+      const float time = (rounds < 0.5f ? 1.0f : rounds + 0.5f) * (units * unit + 1.0f) +
+                         t.tile + (share == 2 ? 0.1f : 0.0f);
+      if (least != 0.0f && time >= least) continue;
+      least = time;
+      best = {Plan::Kernel::matmul, t.tokens, 128 * share, t.tokens == 256 ? 4 : 8, 1};
+    }
   return best;
 }
 

@@ -22,30 +22,12 @@
 
 namespace lowbit::cuda {
 
-// The value of one code, decoded from global memory: for x so large that codes must not meet it
-// before the scale does.
-template <class F, class T>
-__device__ float one_weight(const MatvecArgs& a, int row, int k) {
-  constexpr int B = F::kBits;
-  const auto* words = reinterpret_cast<const uint32_t*>(a.codes + row * a.row_bytes);
-  const int bit = k * B, word = bit / 32;
-  uint32_t code = words[word] >> (bit % 32);
-  if (bit % 32 + B > 32) code |= words[word + 1] << (32 - bit % 32);
-  const float value = F::Code::decode(code & ((B < 32 ? 1u << B : 0u) - 1u));
-  const int64_t group = int64_t(row) * (a.K / F::kGroup) + k / F::kGroup;
-  if constexpr (F::kHasBias) {
-    const float s = float(reinterpret_cast<const T*>(a.scales)[group]);
-    return fmaf(s, value, float(reinterpret_cast<const T*>(a.biases)[group]));
-  } else {
-    return F::Scale::decode(a.scales[group]) * value;
-  }
-}
-template <class F, class T, int TOK>
-struct MatvecBlock : MatvecInteger<F, T, TOK> {
-  using Base = MatvecStaging<F, T, TOK>;
-  using Integer = MatvecInteger<F, T, TOK>;
+template <class F, class T, int TOK, bool gather = false>
+struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
+  using Base = MatvecStaging<F, T, TOK, gather>;
+  using Integer = MatvecInteger<F, T, TOK, gather>;
   using Base::a, Base::at, Base::shared, Base::base, Base::warp, Base::lane, Base::g, Base::c;
-  using Base::k0, Base::k1, Base::first_tile, Base::tiles, Base::tokens, Base::lane_at;
+  using Base::k0, Base::k1, Base::lane_at;
   using Base::kBatch, Base::kTogether, Base::kStride;
   using Base::kSlice, Base::kRows, Base::kDown, Base::kBarrier;
   using typename Base::Codes, typename Base::H, typename Base::Shape, typename Base::Place,
@@ -178,12 +160,17 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
   __device__ void write(int row, int token, float sum) const {
     float alpha = Shape::kFolded ? __uint_as_float((kDown + 127) << 23) : 1.0f;
     if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
-    if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
+    const int64_t matrix = gather ? max(this->run.matrix, 0) : 0;
+    if (a.global_w)
+      alpha *= a.global_w[gather && a.global_w_count > 1 ? matrix : 0] / Nvfp4::kGlobalMax;
     sum *= alpha;
-    if (a.bias)
-      sum += a.bias_is_f32 ? static_cast<const float*>(a.bias)[row]
-                           : float(static_cast<const T*>(a.bias)[row]);
-    static_cast<T*>(a.y)[int64_t(token) * a.N + row] = T(sum);
+    if (a.bias) {
+      const int64_t at = matrix * a.N + row;
+      sum += a.bias_is_f32 ? static_cast<const float*>(a.bias)[at]
+                           : float(static_cast<const T*>(a.bias)[at]);
+    }
+    if (gather && this->run.matrix < 0) sum = __uint_as_float(0x7fffffffu);
+    static_cast<T*>(a.y)[this->y_row(token) * a.N + row] = T(sum);
   }
   // One sum over this block's part of K.
   template <bool split>
@@ -191,21 +178,26 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
     if constexpr (split) {
       auto* parts = reinterpret_cast<float*>(shared + at.parts);
       parts[(tile * TOK + token) * kRows + r] = sum;
-    } else if ((first_tile + tile) * kRows + r < a.N) {
-      write((first_tile + tile) * kRows + r, token, sum);
+    } else if ((this->run.first_tile + tile) * kRows + r < a.N) {
+      write((this->run.first_tile + tile) * kRows + r, token, sum);
     }
   }
 
   // All of x, by the warps that multiply. Ends when it can be read; says whether it is small
-  // enough for codes to meet it before their scale.
-  __device__ __forceinline__ bool stage_x() const {
+  // enough for codes to meet it before their scale. first: the block's first run, which the
+  // ring's barriers must be there for. qx: x is quantized first.
+  template <bool qx>
+  __device__ __forceinline__ bool stage_x(bool first) const {
     constexpr int NT = Shape::kTokenTiles;
     uint32_t largest = 0;
 #pragma unroll 1
     for (int k = k0 + warp * kSlice + lane * 8; k - lane * 8 < k1; k += kBatch * kStride) {
       uint4 in[NT][kBatch][kTogether];
 #pragma unroll
-      for (int nt = 0; nt < NT; nt++) this->load_x(k, 8 * nt, in[nt]);
+      for (int nt = 0; nt < NT; nt++) {
+        this->load_x(k, 8 * nt, in[nt]);
+        if constexpr (qx) this->quantize(k, 8 * nt, in[nt]);
+      }
 #pragma unroll
       for (int b = 0; b < kBatch; b++)
 #pragma unroll
@@ -228,7 +220,7 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
         table[i] = s | s << 16;
       }
     }
-    sync_threads<Shape::kThreads>(Base::kBegun);
+    if (!gather || first) sync_threads<Shape::kThreads>(Base::kBegun);
     return !sync_any<Shape::kWorkers>(kBarrier, largest >= __float_as_uint(0x1p100f));
   }
   // This lane's x for its first column of a slice that starts at k, and the sums of its group.
@@ -273,14 +265,14 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
     }
   }
 
-  // The work of the warps that multiply.
-  template <bool split>
-  __device__ __forceinline__ void run() const {
-    const bool plain = this->stage_x();
+  // The work of the warps that multiply, for a run; x of the run before is no longer read.
+  template <bool split, bool qx>
+  __device__ __forceinline__ void multiply_run(Place& place, bool first) const {
+    const int tiles = this->run.tiles, tokens = this->run.tokens;
+    const bool plain = this->template stage_x<qx>(first);
     auto* const rooms = reinterpret_cast<float*>(shared + at.sums);
     auto* room = rooms;
     int waiting = 0, turn = warp;  // turn: this warp's next slice of the stage
-    Place place = this->first_place();
     for (int tile = 0; tile < tiles; tile++) {
       float y[NT][4] = {};
 #pragma unroll 1
@@ -340,13 +332,14 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
   // The same sums from weights decoded one by one, for extreme x.
   template <bool split>
   __device__ __noinline__ void run_extreme() const {
-    for (int tile = 0; tile < tiles; tile++)
-      for (int i = warp; i < kRows * tokens; i += Shape::kWarps) {
+    for (int tile = 0; tile < this->run.tiles; tile++)
+      for (int i = warp; i < kRows * this->run.tokens; i += Shape::kWarps) {
         const int r = i % kRows, token = i / kRows;
-        const int row = min((first_tile + tile) * kRows + r, a.N - 1);
+        const int64_t row =
+            this->w_row(min((this->run.first_tile + tile) * kRows + r, a.N - 1));
         float sum = 0.0f;
         for (int k = k0 + lane; k < k1; k += 32)
-          sum = fmaf(float(static_cast<const T*>(a.x)[int64_t(token) * a.K + k]),
+          sum = fmaf(float(static_cast<const T*>(a.x)[this->x_row(token) * a.K + k]),
                      one_weight<F, T>(a, row, k), sum);
         for (int other = 16; other > 0; other /= 2)
           sum += __shfl_xor_sync(0xffffffffu, sum, other);
@@ -355,7 +348,7 @@ struct MatvecBlock : MatvecInteger<F, T, TOK> {
   }
 };
 
-template <class F, class T, int TOK, bool split>
+template <class F, class T, int TOK, bool split, bool qx>
 __global__ void __launch_bounds__(MatvecShape<F, T, TOK>::kThreads, 1)
     matvec_kernel(const __grid_constant__ MatvecArgs a) {
   using Shape = MatvecShape<F, T, TOK>;
@@ -369,12 +362,13 @@ __global__ void __launch_bounds__(MatvecShape<F, T, TOK>::kThreads, 1)
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int k0 = rank * a.part, k1 = k0 + a.part < a.K ? k0 + a.part : a.K;
   const MatvecBlock<F, T, TOK> block{{a, a.at, shared, shared_address(shared), warp, lane,
-                                      lane / 4, lane % 4, k0, k1, first, tiles, a.M,
+                                      lane / 4, lane % 4, k0, k1, MatvecRun{first, tiles, a.M},
                                       LaneAt<F::kBits>(lane % 4)}};
+  auto place = block.first_place();
   if (warp >= Shape::kWarps)
-    block.fill_ring();
+    block.fill_ring([&](auto body) { body(block, place); });
   else
-    block.template run<split>();
+    block.template multiply_run<split, qx>(place, true);
 #if __CUDA_ARCH__ >= 900
   if constexpr (split) {
     auto cluster = cg::this_cluster();

@@ -4,14 +4,14 @@
 
 #include "clusters.h"
 #include "formats.h"
-#include "matvec.h"
+#include "matvec_gather.h"
 
 namespace lowbit::cuda {
 
 namespace {
 
-template <class F, class T, int TOK, bool split>
-void launch(const Product& p, const Plan& plan, Queue& queue) {
+template <class F, class T, int TOK>
+MatvecArgs arguments(const Product& p) {
   using Shape = MatvecShape<F, T, TOK>;
   MatvecArgs a{};
   a.codes = p.w.codes;
@@ -32,31 +32,68 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   };
   a.codes_piece = piece(p.w.codes, p.w.row_bytes);
   a.scales_piece = std::min(piece(p.w.scales, scale_row), piece(p.w.biases, scale_row));
+  return a;
+}
+
+template <class F, class T, int TOK, bool split, bool qx>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  using Shape = MatvecShape<F, T, TOK>;
+  MatvecArgs a = arguments<F, T, TOK>(p);
   const MatvecSizes& sizes = Shape::kSizes;
   const Device& device = queue.device();
   a.part = int(sizes.part(p.K, plan.split_k));
   const int parts = (a.K + a.part - 1) / a.part;
   const int all = int((p.N + Shape::kRows - 1) / Shape::kRows);
-  const int at_once = most_clusters(matvec_kernel<F, T, TOK, split>, Shape::kThreads,
+  const int at_once = most_clusters(matvec_kernel<F, T, TOK, split, qx>, Shape::kThreads,
                                     device.shared_bytes, parts, device.processors);
   const int teams = a.teams = at_once < all ? at_once : all;
   a.tiles = all / teams, a.more_tiles = all % teams;
   a.at = sizes.layout(a.part, split ? (all + teams - 1) / teams : 0, device.shared_bytes);
-  queue.run(matvec_kernel<F, T, TOK, split>, dim3(teams * parts), dim3(Shape::kThreads),
+  queue.run(matvec_kernel<F, T, TOK, split, qx>, dim3(teams * parts), dim3(Shape::kThreads),
             size_t(a.at.bytes), parts, a);
 }
 
 template <class F, class T, int TOK>
+void launch_gather(const Product& p, Queue& queue) {
+  using Shape = MatvecShape<F, T, TOK>;
+  MatvecArgs a = arguments<F, T, TOK>(p);
+  const Device& device = queue.device();
+  a.lhs = p.lhs, a.rhs = p.rhs, a.pairs = p.pairs;
+  a.x_matrices = p.x_matrices, a.matrices = p.w.matrices;
+  a.global_w_count = int(p.global_w_count);
+  if (!matvec_pair_by_pair(p.M, p.pairs)) {
+    const Grouping g = group_rows(p, TOK, queue);
+    a.list = g.tiles, a.list_count = g.tile_count, a.x_rows = g.x_rows, a.y_rows = g.y_rows;
+  }
+  a.part = a.K;
+  a.tiles = int((p.N + Shape::kRows - 1) / Shape::kRows);
+  a.at = Shape::kSizes.layout(a.part, 0, device.shared_bytes);
+  queue.run(matvec_gather_kernel<F, T, TOK>, dim3(unsigned(device.processors)),
+            dim3(Shape::kThreads), size_t(a.at.bytes), 1, a);
+}
+
+template <class F, class T, int TOK, bool qx>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
   if (plan.split_k > 1)
-    launch<F, T, TOK, true>(p, plan, queue);
+    launch<F, T, TOK, true, qx>(p, plan, queue);
   else
-    launch<F, T, TOK, false>(p, plan, queue);
+    launch<F, T, TOK, false, qx>(p, plan, queue);
+}
+
+template <class F, class T, int TOK>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  if constexpr (!F::kHasBias && std::is_same_v<T, bf16>)
+    if (p.quantize_x) return launch<F, T, TOK, true>(p, plan, queue);
+  launch<F, T, TOK, false>(p, plan, queue);
 }
 
 template <class F, class T>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
-  if (plan.tokens <= 1)
+  if (p.rhs && plan.tokens <= 1)
+    launch_gather<F, T, 1>(p, queue);
+  else if (p.rhs)
+    launch_gather<F, T, 8>(p, queue);
+  else if (plan.tokens <= 1)
     launch<F, T, 1>(p, plan, queue);
   else if (plan.tokens <= 4)
     launch<F, T, 4>(p, plan, queue);

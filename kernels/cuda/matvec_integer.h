@@ -40,9 +40,9 @@ __device__ __forceinline__ void mma_bytes(int (&d)[4], const uint2 (&a)[2], uint
       : "r"(a[0].x), "r"(a[1].x), "r"(a[0].y), "r"(a[1].y), "r"(b.x), "r"(b.y));
 }
 
-template <class F, class T, int TOK>
-struct MatvecInteger : MatvecStaging<F, T, TOK> {
-  using Base = MatvecStaging<F, T, TOK>;
+template <class F, class T, int TOK, bool gather>
+struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
+  using Base = MatvecStaging<F, T, TOK, gather>;
   using Base::base, Base::lane, Base::g, Base::c, Base::at, Base::k0, Base::shared;
   using Base::lane_at, Base::kTogether;
   using typename Base::H, typename Base::Shape, typename Base::Slice;

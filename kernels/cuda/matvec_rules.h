@@ -131,13 +131,36 @@ constexpr Plan matvec_plan(const Problem& p, const Device& device) {
   return fits;
 }
 
+// Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, in a
+// kernel of its own that takes some 3 us, so that each matrix that is hit is read once for 8
+// rows.
+constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 16; }
+
+constexpr int matvec_gather_tokens(const Problem& p) {
+  return p.M == 1 && matvec_pair_by_pair(p.M, p.pairs) ? 1 : 8;
+}
+constexpr Plan matvec_gather_plan(const Problem& p, const Device& device) {
+  const FormatInfo& f = kFormats[int(p.format)];
+  const MatvecSizes sizes{f.bits, f.group_size, f.affine(), matvec_gather_tokens(p)};
+  const auto at = sizes.layout(p.K, 0, device.shared_bytes);
+  if (at.stages < 2) return {Plan::Kernel::simt, 0, 0, 0, 0};
+  return {Plan::Kernel::matvec, sizes.tokens, MatvecSizes::kRows, at.stages, 1};
+}
+
 // Two-byte floats, and whole blocks of 32 codes.
+constexpr bool matvec_takes_dtypes(const Problem& p) {
+  return p.format != Format::dense && p.transpose && !p.quantize_x && p.dtype != Dtype::f32 &&
+         p.K % 32 == 0 && p.K >= 32 && p.N <= 0x7fffffff - 16;
+}
 constexpr bool matvec_supports(const Problem& p, const Device& device) {
-  if (p.format == Format::dense || !p.transpose || p.quantize_x || p.gather) return false;
-  if (p.dtype == Dtype::f32 || p.K % 32 != 0 || p.K < 32 || matvec_tokens(p.M) == 0)
-    return false;
-  if (p.N > 0x7fffffff - 16) return false;
+  if (!matvec_takes_dtypes(p) || p.gather || matvec_tokens(p.M) == 0) return false;
   return matvec_plan(p, device).kernel == Plan::Kernel::matvec;
+}
+constexpr bool matvec_gather_supports(const Problem& p, const Device& device) {
+  if (!matvec_takes_dtypes(p) || !p.gather || p.K >= (int64_t(1) << 24)) return false;
+  if (!matvec_pair_by_pair(p.M, p.pairs) && !groups(p.pairs * p.M, p.matrices)) return false;
+  return device.capability >= 80 &&
+         matvec_gather_plan(p, device).kernel == Plan::Kernel::matvec;
 }
 
 }  // namespace lowbit::cuda

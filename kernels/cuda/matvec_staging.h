@@ -2,6 +2,8 @@
 // in the order of the fragments.
 #pragma once
 
+#include "encode.cuh"
+#include "group.h"
 #include "kernels.h"
 #include "load.h"
 #include "matvec_rules.h"
@@ -26,7 +28,41 @@ struct MatvecArgs {
   int codes_piece, scales_piece;  // bytes that rows are multiples of and aligned to: 16, 4, 1
   bool bias_is_f32;               // else of x's type
   bool x_aligned;                 // to 16 bytes
+  // Gathered products: rows of x in tiles of up to TOK, or where `list` is null those of a
+  // pair. `tiles` are then those of a matrix.
+  const RowTile* list;
+  const int *list_count, *x_rows, *y_rows;
+  const int64_t *lhs, *rhs;
+  int64_t x_matrices, matrices, pairs;
+  int global_w_count;
 };
+
+// What a block multiplies in a row: tiles of W, and rows of x that meet them.
+struct MatvecRun {
+  int first_tile, tiles, tokens;
+  // Gathered: which matrix of w, negative where the indices do not exist and y becomes NaN; the
+  // first of the sorted rows, or which pair. Few words: they stay in registers all along.
+  int matrix, rows;
+};
+
+// The value of one code, decoded from global memory: for x so large that codes must not meet it
+// before the scale does.
+template <class F, class T>
+__device__ float one_weight(const MatvecArgs& a, int64_t row, int k) {
+  constexpr int B = F::kBits;
+  const auto* words = reinterpret_cast<const uint32_t*>(a.codes + row * a.row_bytes);
+  const int bit = k * B, word = bit / 32;
+  uint32_t code = words[word] >> (bit % 32);
+  if (bit % 32 + B > 32) code |= words[word + 1] << (32 - bit % 32);
+  const float value = F::Code::decode(code & ((B < 32 ? 1u << B : 0u) - 1u));
+  const int64_t group = row * (a.K / F::kGroup) + k / F::kGroup;
+  if constexpr (F::kHasBias) {
+    const float s = float(reinterpret_cast<const T*>(a.scales)[group]);
+    return fmaf(s, value, float(reinterpret_cast<const T*>(a.biases)[group]));
+  } else {
+    return F::Scale::decode(a.scales[group]) * value;
+  }
+}
 
 // MatvecSizes as constants.
 template <class F, class T, int TOK>
@@ -59,7 +95,7 @@ struct MatvecShape {
   static constexpr int kZeros = kSizes.zeros();
 };
 
-template <class F, class T, int TOK>
+template <class F, class T, int TOK, bool gather>
 struct MatvecStaging {
   using Shape = MatvecShape<F, T, TOK>;
   using Codes = LaneCodes<typename F::Code, T>;
@@ -73,10 +109,23 @@ struct MatvecStaging {
   char* shared;
   const uint32_t base;
   const int warp, lane, g, c;
-  const int k0, k1;             // this block's part of K
-  const int first_tile, tiles;  // this block's run
-  const int tokens;
+  const int k0, k1;  // this block's part of K
+  const MatvecRun run;
   const LaneAt<F::kBits> lane_at;
+
+  // Stored row n of this run's matrix among all of them; rows of x and y for a token.
+  __device__ __forceinline__ int64_t w_row(int64_t n) const {
+    return gather ? int64_t(max(run.matrix, 0)) * a.N + n : n;
+  }
+  __device__ __forceinline__ int64_t x_row(int token) const {
+    if constexpr (!gather) return token;
+    if (a.list) return a.x_rows[run.rows + token];
+    return run.matrix < 0 ? token : a.lhs[run.rows] * a.M + token;
+  }
+  __device__ __forceinline__ int64_t y_row(int token) const {
+    if constexpr (!gather) return token;
+    return a.list ? a.y_rows[run.rows + token] : int64_t(run.rows) * a.M + token;
+  }
 
   // Where a slice lies in shared memory, for this lane: of rows g and g + 8.
   struct Slice {
@@ -96,7 +145,9 @@ struct MatvecStaging {
   __device__ uint32_t empty(const Place& p) const { return base + 16 * p.index + 8; }
 
   // The work of the warps that copy: all stages in order, each when the others have left it.
-  __device__ void fill_ring() const {
+  // each_run(body): calls body(block, place) for the block of each run.
+  template <class EachRun>
+  __device__ __forceinline__ void fill_ring(EachRun each_run) const {
 #if __CUDA_ARCH__ >= 900
     const bool bulk = a.codes_piece == 16 && a.scales_piece == 16;
 #elif __CUDA_ARCH__ >= 800
@@ -120,21 +171,22 @@ struct MatvecStaging {
     arrive_threads<Shape::kThreads>(kBegun);
 #if __CUDA_ARCH__ >= 900
     if (bulk) {
-      if (elect_one()) fill_in_bulk(mine);
+      if (elect_one())
+        each_run([&](const auto& block, Place& place) { block.fill_in_bulk(mine, place); });
       return;
     }
 #endif
-    fill_in_pieces(mine);
+    each_run([&](const auto& block, Place& place) { block.fill_in_pieces(mine, place); });
 #endif
   }
 
 #if __CUDA_ARCH__ >= 900
   // By the copy engine: a row of codes, of scales or of biases at a time. One thread of each
   // warp that copies has kMine rows of each tile.
-  __device__ __forceinline__ void fill_in_bulk(int mine) const {
+  __device__ __forceinline__ void fill_in_bulk(int mine, Place& place) const {
     constexpr int kMine = kRows / Shape::kCopyWarps;
     const int first = mine * kMine, row_scales = a.K / Shape::kGroup * Shape::kScaleSize;
-    const int64_t n0 = int64_t(first_tile) * kRows + first;
+    const int64_t n0 = w_row(int64_t(run.first_tile) * kRows + first);
     const uint8_t* codes = a.codes + n0 * a.row_bytes + int64_t(k0 / 32) * (4 * F::kBits);
     int64_t scales = n0 * row_scales + k0 / Shape::kGroup * Shape::kScaleSize;
     const int some_codes = at.codes / 32 * (4 * F::kBits);
@@ -143,10 +195,9 @@ struct MatvecStaging {
     const uint32_t to_scales = kRows * at.code_row + first * at.scale_row;
     const uint32_t to_biases = to_scales + kRows * at.scale_row;
     const int64_t next_codes = kRows * a.row_bytes, next_scales = int64_t(kRows) * row_scales;
-    int left = a.N - first_tile * kRows - first;  // rows
-    Place place = first_place();
+    int left = a.N - run.first_tile * kRows - first;  // rows
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = 0; tile < run.tiles; tile++) {
       const int rows = max(0, min(kMine, left));
       const uint8_t* from_codes = codes;
       int64_t from_scales = scales;
@@ -183,15 +234,14 @@ struct MatvecStaging {
 #if __CUDA_ARCH__ >= 800
   // The same by all threads, in pieces as large as addresses allow: devices before Hopper, and
   // rows that are no multiples of 16 bytes.
-  __device__ __forceinline__ void fill_in_pieces(int mine) const {
+  __device__ __forceinline__ void fill_in_pieces(int mine, Place& place) const {
     const int64_t row_scales = int64_t(a.K / Shape::kGroup) * Shape::kScaleSize;
-    Place place = first_place();
 #pragma unroll 1
-    for (int tile = first_tile; tile < first_tile + tiles; tile++)
+    for (int tile = run.first_tile; tile < run.first_tile + run.tiles; tile++)
 #pragma unroll 1
       for (int k = k0; k < k1; k += at.codes) {
-        const int64_t n0 = int64_t(tile) * kRows;
-        const int rows = min(kRows, a.N - int(n0)), count = min(at.codes, k1 - k);
+        const int64_t n0 = w_row(int64_t(tile) * kRows);
+        const int rows = min(kRows, a.N - tile * kRows), count = min(at.codes, k1 - k);
         const int64_t from = n0 * row_scales + k / Shape::kGroup * Shape::kScaleSize;
         const uint32_t to_scales = place.stage + kRows * at.code_row, bar = full(place);
         if (place.round > 0) wait_phase(empty(place), (place.round - 1) & 1);
@@ -244,8 +294,8 @@ struct MatvecStaging {
 #pragma unroll
       for (int t = 0; t < kTogether; t++) {
         v[b][t] = make_uint4(0, 0, 0, 0);
-        if (k + b * kStride >= k1 || token + t >= tokens) continue;
-        const T* from = static_cast<const T*>(a.x) + int64_t(token + t) * a.K + k + b * kStride;
+        if (k + b * kStride >= k1 || token + t >= run.tokens) continue;
+        const T* from = static_cast<const T*>(a.x) + x_row(token + t) * a.K + k + b * kStride;
         if (a.x_aligned) {
           v[b][t] = __ldg(reinterpret_cast<const uint4*>(from));
         } else {
@@ -254,6 +304,36 @@ struct MatvecStaging {
                                h[6] | h[7] << 16);
         }
       }
+  }
+  // Q(x) in x's place, in bfloat16: exact, but for the factor of the global scale, which is
+  // applied to y.
+  __device__ __forceinline__ void quantize(int k, int token,
+                                           uint4 (&v)[kBatch][kTogether]) const {
+    const float enlarge = enlarge_by(a.global_x);
+#pragma unroll
+    for (int b = 0; b < kBatch; b++)
+#pragma unroll
+      for (int t = 0; t < kTogether; t++)
+        if (k - lane * 8 + b * kStride < k1 && token + t < run.tokens)  // the warp's
+          v[b][t] = quantized(v[b][t], enlarge);
+  }
+  // 8 elements of a group, of which the lane's neighbours have the others. Not inlined: it runs
+  // a few times, from instructions that no cache has yet (8 copies took nvfp4 6 us at M = 1).
+  static __device__ __noinline__ uint4 quantized(uint4 v, float enlarge) {
+    uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+    float x[8], largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      x[i] = i % 2 ? H::high(pairs[i / 2]) : H::low(pairs[i / 2]);
+      largest = most(largest, magnitude(x[i]));
+    }
+#pragma unroll
+    for (int other = 1; other < F::kGroup / 8; other *= 2)
+      largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+    round_trip<F>(x, Block<F>(to_bits(largest), enlarge));
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
   // Puts a slice into fragment order, [block of 32][token][lane of the quad][8], and sums
   // groups.

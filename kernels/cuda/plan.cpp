@@ -11,15 +11,27 @@ namespace {
 
 // qqmm of bfloat16: Q(x) is exact in bfloat16 and takes x's place, in a pass of its own.
 Problem after_quantizing(Problem p) {
-  if (p.dtype == Dtype::bf16 && !p.gather) p.quantize_x = false;
+  if (p.dtype == Dtype::bf16) p.quantize_x = false;
   return p;
+}
+
+// matvec reads a matrix once for 8 rows of x: with some more on average, few have a second
+// turn.
+Plan gather_plan(const Problem& p, const Device& device) {
+  const int64_t rows = p.pairs * p.M;
+  const bool few = rows <= 10 * p.matrices;
+  const bool matvec = matvec_gather_supports(p, device);
+  if (gather_matmul_supports(p, device, rows, p.matrices) && !(matvec && few))
+    return gather_matmul_plan(p, device, rows, p.matrices);
+  return matvec ? matvec_gather_plan(p, device) : Plan{Plan::Kernel::simt, 0, 0, 0, 0};
 }
 
 }  // namespace
 
 Plan plan(const Problem& asked, const Device& device) {
   const Problem p = after_quantizing(asked);
-  const bool matmul = !p.gather && matmul_supports(p, device);
+  if (p.gather) return gather_plan(p, device);
+  const bool matmul = matmul_supports(p, device);
   if (matvec_supports(p, device) && !(matmul && matmul_preferred(p)))
     return matvec_plan(p, device);
   if (matmul) return matmul_plan(p, device);
@@ -47,6 +59,11 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
       break;
   }
   if (p.quantize_x && plan.kernel != Plan::Kernel::simt) text << ", after quantizing x";
+  if (p.gather && plan.kernel != Plan::Kernel::simt) {
+    const bool one_by_one =
+        plan.kernel == Plan::Kernel::matvec && matvec_pair_by_pair(p.M, p.pairs);
+    text << (one_by_one ? ", pair by pair" : ", rows of x sorted by matrix first");
+  }
   if (plan.split_k > 1) text << ", K split over clusters of " << plan.split_k << " blocks";
   text << ", compute capability " << device.capability / 10 << "." << device.capability % 10;
   return text.str();

@@ -26,6 +26,11 @@ struct Plan {
   int split_k;  // blocks of a cluster that share a tile, each with a part of K
 };
 
+// Whether rows of x can be sorted by matrix on the device (group.h).
+constexpr bool groups(int64_t rows, int64_t matrices) {
+  return rows > 0 && rows < (1 << 30) && matrices > 0 && matrices <= 12288;
+}
+
 Plan plan(const Problem&, const Device&);
 std::string describe(const Problem&, const Plan&, const Device&);
 

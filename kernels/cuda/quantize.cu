@@ -59,18 +59,26 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   store_float(a.biases, unit / a.lanes, group.bias, dtype);
 }
 
-template <class F, Dtype dtype>
-__device__ __forceinline__ void quantize_block(const QuantizeArgs& a, const Sixteen<dtype>& w,
-                                               int64_t unit) {
-  float x[16], largest = 0.0f;
-  w.widen(x);
+// Bits of the largest magnitude of a group, NaN's if it has one; this lane has 16 elements.
+template <class F>
+__device__ __forceinline__ uint32_t largest_of(const float (&x)[16]) {
+  float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < 16; i++) largest = most(largest, magnitude(x[i]));
 #pragma unroll
   for (int lanes = 1; lanes < F::kGroup / 16; lanes *= 2)
     largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+  return to_bits(largest);
+}
+
+template <class F, Dtype dtype>
+__device__ __forceinline__ void quantize_block(const QuantizeArgs& a, const Sixteen<dtype>& w,
+                                               int64_t unit) {
+  float x[16];
+  w.widen(x);
+  const uint32_t largest = largest_of<F>(x);
   if (unit >= a.units) return;
-  const Block<F> block(to_bits(largest), enlarge_by(a.global));
+  const Block<F> block(largest, enlarge_by(a.global));
   constexpr int kLanes = F::kGroup / 16;
   if (unit % kLanes == 0) static_cast<uint8_t*>(a.scales)[unit / kLanes] = uint8_t(block.scale);
 
@@ -108,15 +116,6 @@ __global__ void __launch_bounds__(kThreads, dtype == Dtype::f32 ? 6 : 8)
 // Elements that a thread decodes at a time: what one vector store takes.
 __host__ __device__ constexpr int unit_of(Dtype d) { return 16 / size_of(d); }
 
-struct DequantizeArgs {
-  Weights w;
-  const float* global;
-  void* out;
-  int64_t units;
-  int unit_shift;  // units of a group, as a power of two
-  bool vectors;    // out begins at a multiple of 16 bytes
-};
-
 template <Dtype dtype>
 __device__ __forceinline__ void store_unit(const float* x, void* out, int64_t unit,
                                            bool vectors) {
@@ -132,6 +131,40 @@ __device__ __forceinline__ void store_unit(const float* x, void* out, int64_t un
         round_pair(x[4], x[5], dtype), round_pair(x[6], x[7], dtype)};
   }
 }
+
+// Q(x) as bfloat16, in one pass.
+template <class F>
+__global__ void __launch_bounds__(kThreads, 8)
+    round_trip_kernel(const void* x, const float* global, uint4* out, int64_t units,
+                      bool vectors) {
+  const int64_t unit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  Sixteen<Dtype::bf16> sixteen;
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+    sixteen.half[h] =
+        EightBits::load(x, unit * 16 + h * 8, unit < units ? 8 : 0, Dtype::bf16, vectors);
+  float v[16];
+  sixteen.widen(v);
+  const Block<F> block(largest_of<F>(v), enlarge_by(global));
+  if (unit >= units) return;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float part[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) part[i] = v[8 * h + i];
+    round_trip<F>(part, block);
+    store_unit<Dtype::bf16>(part, out, unit * 2 + h, true);
+  }
+}
+
+struct DequantizeArgs {
+  Weights w;
+  const float* global;
+  void* out;
+  int64_t units;
+  int unit_shift;  // units of a group, as a power of two
+  bool vectors;    // out begins at a multiple of 16 bytes
+};
 
 constexpr int kUnits = 4;  // of a thread, a block's width apart: their loads overlap
 
@@ -206,6 +239,19 @@ void quantize(Format format, const void* w, Dtype dtype, int64_t groups,
     case Format::dense:
       return;
   }
+}
+
+void round_trip(Format format, const void* x, int64_t groups, const float* global_scale,
+                void* out, Queue& queue) {
+  const int64_t units = groups * (kFormats[int(format)].group_size / 16);
+  if (units == 0) return;
+  const auto run = [&](auto kernel) {
+    queue.run(kernel, blocks_for(units, kThreads), dim3(kThreads), 0, 1, x, global_scale,
+              static_cast<uint4*>(out), units, aligned(x));
+  };
+  if (format == Format::mxfp8) run(round_trip_kernel<Mxfp8>);
+  if (format == Format::mxfp4) run(round_trip_kernel<Mxfp4>);
+  if (format == Format::nvfp4) run(round_trip_kernel<Nvfp4>);
 }
 
 void dequantize(Format format, const Weights& w, const float* global_scale, void* out,

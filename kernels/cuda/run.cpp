@@ -5,18 +5,13 @@ namespace lowbit::cuda {
 
 namespace {
 
-// Q(x), decoded: without the factor of the global scale, which stays with the product.
+// Q(x) of bfloat16 x, decoded: without the factor of the global scale, which stays with the
+// product.
 const void* quantized_x(const Product& p, Queue& queue) {
-  const FormatInfo& f = kFormats[int(p.format)];
-  const int64_t groups = p.M * (p.K / f.group_size);
-  Weights q = p.w;
-  q.matrices = 1, q.rows = p.M, q.columns = p.K, q.row_bytes = p.K * f.bits / 8;
-  auto* codes = static_cast<uint8_t*>(queue.scratch(size_t(p.M * q.row_bytes)));
-  void* scales = queue.scratch(size_t(groups));
-  void* x = queue.scratch(size_t(p.M * p.K) * 2);
-  quantize(p.format, p.x, p.dtype, groups, p.global_x, codes, scales, nullptr, queue);
-  q.codes = codes, q.scales = scales, q.biases = nullptr;
-  dequantize(p.format, q, nullptr, x, p.dtype, queue);
+  const int64_t elements = p.x_matrices * p.M * p.K;
+  void* x = queue.scratch(size_t(elements) * 2);
+  round_trip(p.format, p.x, elements / kFormats[int(p.format)].group_size, p.global_x, x,
+             queue);
   return x;
 }
 
@@ -24,15 +19,18 @@ const void* quantized_x(const Product& p, Queue& queue) {
 
 void run(const Product& asked, Queue& queue) {
   Product p = asked;
-  Plan plan = cuda::plan(
-      {p.format, p.dtype, p.dtype, p.M, p.N, p.K, p.transpose, p.quantize_x, p.rhs != nullptr},
-      queue.device());
-  if (p.quantize_x && plan.kernel != Plan::Kernel::simt) {
+  Plan plan = cuda::plan({p.format, p.dtype, p.dtype, p.M, p.N, p.K, p.transpose, p.quantize_x,
+                          p.rhs != nullptr, p.rhs ? p.pairs : 0, p.rhs ? p.w.matrices : 0},
+                         queue.device());
+  // matvec does it as it stages x, simt as it reads it.
+  if (p.quantize_x &&
+      (plan.kernel == Plan::Kernel::matmul || (p.rhs && plan.kernel == Plan::Kernel::matvec))) {
     p.x = quantized_x(p, queue);
     p.quantize_x = false;
   }
-  // Tensor copies need addresses that only a slice of another array can lack.
-  const auto addresses = uintptr_t(p.x) | uintptr_t(p.w.codes);
+  // Tensor copies need addresses that only a slice of another array can lack; x of pairs is
+  // copied.
+  const auto addresses = (p.rhs ? 0 : uintptr_t(p.x)) | uintptr_t(p.w.codes);
   if (plan.kernel == Plan::Kernel::matmul && addresses % 16 != 0)
     plan = {Plan::Kernel::simt, 0, 0, 0, 0};
   switch (plan.kernel) {

@@ -38,13 +38,14 @@ constexpr std::string_view name(Dtype d) {
 }
 
 struct Problem {
-  Format format;        // of w
-  Dtype dtype;          // of x and y
-  Dtype dense_dtype;    // of w when format is dense
-  int64_t M, N, K;      // y[M, N] = x[M, K] @ w; for gather, the rows of one expert
-  bool transpose;       // w is [N, K]; otherwise [K, N]
-  bool quantize_x;      // qqmm: x is first quantized in w's format
-  bool gather = false;  // pairs of matrices of x and w
+  Format format;                    // of w
+  Dtype dtype;                      // of x and y
+  Dtype dense_dtype;                // of w when format is dense
+  int64_t M, N, K;                  // y[M, N] = x[M, K] @ w; for gather, the rows of one expert
+  bool transpose;                   // w is [N, K]; otherwise [K, N]
+  bool quantize_x;                  // qqmm: x is first quantized in w's format
+  bool gather = false;              // pairs of matrices of x and w
+  int64_t pairs = 0, matrices = 0;  // of a gather; matrices of w
 };
 
 }  // namespace lowbit

@@ -191,20 +191,22 @@ NB_MODULE(_ext, m) {
   m.def(
       "cuda_plan",
       [](int format, int dtype, int64_t M, int64_t N, int64_t K, bool transpose,
-         bool quantize_x, bool gather, int capability, int processors, int shared_bytes) {
+         bool quantize_x, int64_t pairs, int64_t matrices, int capability, int processors,
+         int shared_bytes) {
         const lowbit::Dtype type{dtype};
-        const lowbit::Problem problem{Format(format), type,       type,  M, N, K,
-                                      transpose,      quantize_x, gather};
+        const lowbit::Problem problem{Format(format), type,       type,      M,     N,       K,
+                                      transpose,      quantize_x, pairs > 0, pairs, matrices};
         const lowbit::cuda::Device device{capability, processors, shared_bytes};
         const auto plan = lowbit::cuda::plan(problem, device);
         return std::make_tuple(lowbit::cuda::describe(problem, plan, device), int(plan.kernel),
                                plan.tokens, plan.rows, plan.stages, plan.split_k);
       },
       "format"_a, "dtype"_a, "M"_a, "N"_a, "K"_a, "transpose"_a = true, "quantize_x"_a = false,
-      "gather"_a = false, "capability"_a = 90, "processors"_a = 132, "shared_bytes"_a = 232448,
+      "pairs"_a = 0, "matrices"_a = 0, "capability"_a = 90, "processors"_a = 132,
+      "shared_bytes"_a = 232448,
       "(words, kernel, tokens, rows, stages, split_k) of a product on a CUDA device that need "
-      "not be here; dtype 0, 1, 2: float32, float16, bfloat16; kernel 0, 1, 2: matvec, matmul, "
-      "simt.");
+      "not be here, or of `pairs` of M rows with some of `matrices` matrices of w; dtype 0, 1, "
+      "2: float32, float16, bfloat16; kernel 0, 1, 2: matvec, matmul, simt.");
 
   m.attr("cuda_build") = LOWBIT_CUDA_BUILD;
   m.attr("build") = LOWBIT_BUILD;

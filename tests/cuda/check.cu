@@ -56,12 +56,13 @@ struct ProductKernel {
   bool (*takes)(const Case&, const cuda::Device&);
 };
 
-// What the tensor-core kernels are asked for.
-bool takes_pairs(const Case& c) {
-  return c.transpose && c.dtype != Dtype::f32 &&
-         c.scale_type == default_scales(c.info(), c.dtype) &&
+// Operands as MLX's ops promote them.
+bool promoted(const Case& c) {
+  return c.scale_type == default_scales(c.info(), c.dtype) &&
          (!c.bias || *c.bias == Dtype::f32 || *c.bias == c.dtype);
 }
+// What the tensor-core kernels are asked for.
+bool takes_pairs(const Case& c) { return c.transpose && c.dtype != Dtype::f32 && promoted(c); }
 
 // As MLX's ops run a product: whichever kernel it is, after quantizing x where asked for.
 decltype(ProductKernel::run) run_as_planned() {
@@ -84,10 +85,9 @@ const ProductKernel kKernels[] = {
      [](const Case& c, const cuda::Device& device) {
        return takes_pairs(c) && !c.pairs && cuda::matmul_supports(problem_of(c), device);
      }},
-    // MLX's ops come here with operands promoted to one dtype.
     {"run", run_as_planned(), plain_plan, false, 1,
      [](const Case& c, const cuda::Device&) {
-       return c.dtype == Dtype::f32 || c.pairs > 0 || takes_pairs(c);
+       return c.dtype == Dtype::f32 || (c.pairs > 0 && promoted(c)) || takes_pairs(c);
      }},
 };
 

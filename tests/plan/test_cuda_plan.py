@@ -48,7 +48,8 @@ def test_many_rows_on_hopper_use_wgmma(fmt):
         {"dtype": FLOAT32},
         {"transpose": False},
         {"quantize_x": True, "dtype": FLOAT16},
-        {"gather": True},
+        {"pairs": 64, "matrices": 8, "dtype": FLOAT32},
+        {"pairs": 64, "matrices": 8, "transpose": False},
     ],
     ids=str,
 )
@@ -79,6 +80,28 @@ def test_every_problem_has_a_plan_that_fits(device, data):
 def test_quantized_bfloat16_takes_the_place_of_x(qq_fmt, M, kernel):
     words, got, *_ = plan(qq_fmt, M, 4096, 4096, quantize_x=True)
     assert got == kernel and "after quantizing x" in words
+
+
+@pytest.mark.parametrize(
+    "device, pairs, kernel, tokens, how",
+    [
+        (H200, 8, MATVEC, 1, "pair by pair"),
+        (H200, 16, MATVEC, 1, "pair by pair"),
+        (H200, 17, MATVEC, 8, "sorted"),
+        (H200, 1280, MATVEC, 8, "sorted"),
+        (H200, 32768, MATMUL, None, "sorted"),
+        (A100, 32768, MATVEC, 8, "sorted"),
+    ],
+)
+def test_experts_are_read_once_for_many_rows(fmt, device, pairs, kernel, tokens, how):
+    words, got, width, *_ = plan(fmt, 1, 1408, 2048, pairs=pairs, matrices=128, **device)
+    assert got == kernel and how in words, words
+    assert tokens is None or width == tokens
+
+
+def test_pairs_of_more_rows_than_a_tile_are_sorted(fmt):
+    words, kernel, tokens, *_ = plan(fmt, 9, 256, 512, pairs=2, matrices=64)
+    assert (kernel, tokens) == (MATVEC, 8) and "sorted" in words
 
 
 def test_long_rows_of_x_are_split_over_a_cluster():
