@@ -62,10 +62,8 @@ __global__ void __launch_bounds__(kThreads) group_kernel(GroupArgs a) {
   const int thread = int(threadIdx.x);
   for (int i = thread; i < a.matrices; i += kThreads) counts[i] = 0;
   __syncthreads();
-  // Of the thread's first row, which of few rows is the only one: asked for once.
-  const int first_matrix = thread < a.rows ? matrix_of(a, thread) : -1;
   for (int i = thread; i < a.rows; i += kThreads) {
-    const int matrix = i == thread ? first_matrix : matrix_of(a, i);
+    const int matrix = matrix_of(a, i);
     if (matrix >= 0) count_up(counts, matrix);
   }
   __syncthreads();
@@ -87,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(GroupArgs a) {
   __syncthreads();
 
   for (int i = thread; i < a.rows; i += kThreads) {
-    const int matrix = i == thread ? first_matrix : matrix_of(a, i);
+    const int matrix = matrix_of(a, i);
     if (matrix >= 0) {
       const int at = count_up(counts, matrix);
       a.x_rows[at] = int(a.lhs[i / a.M]) * a.M + i % a.M;

@@ -196,7 +196,7 @@ struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
         this->load_x(k, 8 * nt, in[nt]);
-        if constexpr (qx) this->quantize(k, 8 * nt, in[nt]);
+        if constexpr (qx) this->quantize(in[nt]);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; b++)

@@ -306,34 +306,27 @@ struct MatvecStaging {
       }
   }
   // Q(x) in x's place, in bfloat16: exact, but for the factor of the global scale, which is
-  // applied to y.
-  __device__ __forceinline__ void quantize(int k, int token,
-                                           uint4 (&v)[kBatch][kTogether]) const {
+  // applied to y. Of formats that matvec_quantizes.
+  __device__ __forceinline__ void quantize(uint4 (&v)[kBatch][kTogether]) const {
     const float enlarge = enlarge_by(a.global_x);
 #pragma unroll
     for (int b = 0; b < kBatch; b++)
 #pragma unroll
-      for (int t = 0; t < kTogether; t++)
-        if (k - lane * 8 + b * kStride < k1 && token + t < run.tokens)  // the warp's
-          v[b][t] = quantized(v[b][t], enlarge);
-  }
-  // 8 elements of a group, of which the lane's neighbours have the others. Not inlined: it runs
-  // a few times, from instructions that no cache has yet (8 copies took nvfp4 6 us at M = 1).
-  static __device__ __noinline__ uint4 quantized(uint4 v, float enlarge) {
-    uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-    float x[8], largest = 0.0f;
+      for (int t = 0; t < kTogether; t++) {
+        uint32_t(&pairs)[4] = reinterpret_cast<uint32_t(&)[4]>(v[b][t]);
+        float x[8], largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      x[i] = i % 2 ? H::high(pairs[i / 2]) : H::low(pairs[i / 2]);
-      largest = most(largest, magnitude(x[i]));
-    }
+        for (int i = 0; i < 8; i++) {
+          x[i] = i % 2 ? H::high(pairs[i / 2]) : H::low(pairs[i / 2]);
+          largest = most(largest, magnitude(x[i]));
+        }
 #pragma unroll
-    for (int other = 1; other < F::kGroup / 8; other *= 2)
-      largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-    round_trip<F>(x, Block<F>(to_bits(largest), enlarge));
+        for (int other = 1; other < F::kGroup / 8; other *= 2)
+          largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+        round_trip<F>(x, Block<F>(to_bits(largest), enlarge));
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
-    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
+      }
   }
   // Puts a slice into fragment order, [block of 32][token][lane of the quad][8], and sums
   // groups.

@@ -1,5 +1,6 @@
 // A product as its plan says: what goes before the kernel, and which kernel.
 #include "kernels.h"
+#include "matvec_rules.h"
 
 namespace lowbit::cuda {
 
@@ -22,9 +23,10 @@ void run(const Product& asked, Queue& queue) {
   Plan plan = cuda::plan({p.format, p.dtype, p.dtype, p.M, p.N, p.K, p.transpose, p.quantize_x,
                           p.rhs != nullptr, p.rhs ? p.pairs : 0, p.rhs ? p.w.matrices : 0},
                          queue.device());
-  // matvec does it as it stages x, simt as it reads it.
-  if (p.quantize_x &&
-      (plan.kernel == Plan::Kernel::matmul || (p.rhs && plan.kernel == Plan::Kernel::matvec))) {
+  // matvec may do it as it stages x; simt does, as it reads x.
+  const bool staged =
+      plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format);
+  if (p.quantize_x && plan.kernel != Plan::Kernel::simt && !staged) {
     p.x = quantized_x(p, queue);
     p.quantize_x = false;
   }
