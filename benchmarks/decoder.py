@@ -13,11 +13,7 @@ compiled at first use is not in it; `first` is the first one, in seconds. Decodi
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import statistics
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,8 +21,7 @@ import mlx.nn as nn
 import mlx_lowbit
 from tqdm import tqdm
 
-from benchmarks.device import device_name
-from benchmarks.files import write_json
+from benchmarks import generation
 
 CONFIG = {
     "model_type": "llama",
@@ -68,69 +63,15 @@ def build(weights: str, layers: int):
     return model
 
 
-def prefill(model, tokens: mx.array):
-    """(logits of the last position, cache, seconds)."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
-    mx.synchronize()
-    begin = time.perf_counter()
-    logits = model(tokens, cache=cache)[:, -1]
-    mx.eval(logits, [c.state for c in cache])
-    return logits, cache, time.perf_counter() - begin
-
-
-def decode(model, logits: mx.array, cache, count: int) -> float:
-    """Tokens a second and sequence, the median of five parts."""
-    token = mx.argmax(logits, axis=-1)
-    mx.async_eval(token)
-    parts = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        for _ in range(count // 5):
-            following = mx.argmax(model(token[:, None], cache=cache)[:, -1], axis=-1)
-            mx.async_eval(following)
-            mx.eval(token)
-            token = following
-        parts.append((count // 5) / (time.perf_counter() - begin))
-    return statistics.median(parts[1:])
-
-
 def measure(weights: str, batches: list[int], prompt: int, tokens: int, layers: int) -> list[dict]:
     mx.reset_peak_memory()
     model = build(weights, layers)
-    rows = []
-    for batch in batches:
-        ids = mx.random.randint(0, CONFIG["vocab_size"], (batch, prompt))
-        *_, first = prefill(model, ids)
-        logits, cache, seconds = prefill(model, ids)
-        rows.append(
-            {
-                "weights": weights,
-                "batch": batch,
-                "prompt": prompt,
-                "first_prefill_s": round(first, 3),
-                "prefill_tokens_per_sec": round(batch * prompt / seconds, 1),
-                "decode_tokens_per_sec": round(batch * decode(model, logits, cache, tokens), 1),
-                "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
-            }
-        )
-        del logits, cache
+    prompts = [(batch, prompt) for batch in batches]
+    rows = list(generation.measure(model, weights, CONFIG["vocab_size"], prompts, tokens))
     del model
     gc.collect()
     mx.clear_cache()
     return rows
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """All rows so far: a run takes minutes, most of them MLX's compiler's."""
-    about = {
-        "device": device_name(),
-        "date": datetime.date.today().isoformat(),
-        "mlx": mx.__version__,
-        "mlx_lm": version("mlx-lm"),
-    }
-    write_json(path, {**about, "rows": rows})
 
 
 def main() -> None:
@@ -148,16 +89,9 @@ def main() -> None:
     for weights in tqdm(options.weights, disable=None):
         for row in measure(weights, options.batch, options.prompt, options.tokens, options.layers):
             rows.append(row)
-            print(
-                f"{row['weights']:10} batch {row['batch']:3}  "
-                f"prefill {row['prefill_tokens_per_sec']:10.1f}  "
-                f"decode {row['decode_tokens_per_sec']:8.1f} tokens-per-sec  "
-                f"first prefill {row['first_prefill_s']:.2f} s  "
-                f"peak memory {row['peak_memory_gb']:.1f} GB",
-                flush=True,
-            )
+            generation.show(row)
         if options.json:
-            write(options.json, rows)
+            generation.write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import ctypes
 import datetime
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,80 +24,7 @@ from benchmarks.files import write_json
 
 from . import peers
 from .timing import DEVICE, Rows, copies, replay
-
-# As in kernels/formats/formats.def, which this file reads: name, mode, bits, group size.
-FORMATS_DEF = Path(__file__).parents[2] / "kernels" / "formats" / "formats.def"
-E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
-BOUND = 2.0**-8
-
-
-@dataclass(frozen=True)
-class Format:
-    id: int
-    name: str
-    mode: str
-    bits: int
-    group: int
-
-
-def formats() -> dict[str, Format]:
-    rows = [
-        [cell.strip() for cell in line[len("FORMAT(") : -1].split(",")]
-        for line in FORMATS_DEF.read_text().splitlines()
-        if line.startswith("FORMAT(")
-    ]
-    return {
-        name: Format(i, name, mode, int(bits), int(group))
-        for i, (name, _type, mode, bits, group, _judged) in enumerate(rows)
-    }
-
-
-@dataclass
-class Weights:
-    """One copy: codes uint8 [N, K * bits / 8], scales and biases [N, K / group]."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    biases: torch.Tensor | None
-
-    def nbytes(self) -> int:
-        parts = (self.codes, self.scales, self.biases)
-        return sum(p.numel() * p.element_size() for p in parts if p is not None)
-
-
-def random_weights(f: Format, N: int, K: int) -> Weights:
-    codes = torch.randint(0, 256, (N, K * f.bits // 8), dtype=torch.uint8, device=DEVICE)
-    shape = (N, K // f.group)
-    if f.mode == "affine":
-        scales = ((torch.rand(shape, device=DEVICE) - 0.5) * 0.02).bfloat16()
-        middle = -scales.float() * 2 ** (f.bits - 1)
-        noise = torch.randn(shape, device=DEVICE) * 0.005
-        return Weights(codes, scales, (middle + noise).bfloat16())
-    if f.bits == 8:  # no NaN codes
-        codes = torch.where((codes & 0x7F) == 0x7F, codes & 0xFE, codes)
-    low, high = (1, 90) if f.group == 16 else (115, 125)
-    return Weights(codes, torch.randint(low, high, shape, dtype=torch.uint8, device=DEVICE), None)
-
-
-def decode(f: Format, w: Weights, K: int) -> torch.Tensor:
-    """float64 [N, K], from the bits."""
-    N = w.codes.shape[0]
-    bits = (w.codes.long().unsqueeze(-1) >> torch.arange(8, device=DEVICE)) & 1
-    codes = (bits.reshape(N, K, f.bits) << torch.arange(f.bits, device=DEVICE)).sum(-1)
-    groups = (N, K // f.group, f.group)
-    if f.mode == "affine":
-        values = codes.double().reshape(groups) * w.scales.double().unsqueeze(-1)
-        return (values + w.biases.double().unsqueeze(-1)).reshape(N, K)
-    if f.bits == 4:
-        table = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float64, device=DEVICE)
-        values = table[codes]
-    else:
-        values = codes.to(torch.uint8).view(torch.float8_e4m3fn).double()
-    if f.group == 16:
-        scales = w.scales.view(torch.float8_e4m3fn).double()
-    else:
-        scales = torch.exp2(w.scales.double() - 127)
-    return (values.reshape(groups) * scales.unsqueeze(-1)).reshape(N, K)
+from .weights import BOUND, Format, Weights, decode, formats, random_weights
 
 
 class Library:
@@ -113,7 +39,7 @@ class Library:
         self, f: Format, x: torch.Tensor, w: Weights, y: torch.Tensor, quantize_x: bool = False
     ) -> None:
         """y[M, N] <- x[M, K] @ w^T on torch's current stream."""
-        at = [p.data_ptr() if p is not None else None for p in (w.codes, w.scales, w.biases, x, y)]
+        at = [*w.pointers(), x.data_ptr(), y.data_ptr()]
         stream = torch.cuda.current_stream().cuda_stream
         status = self.product(f.id, 2, x.shape[0], y.shape[1], x.shape[1], *at, quantize_x, stream)
         if status:
@@ -133,8 +59,8 @@ def measure_ours(
     run: Library, f: Format, K: int, N: int, ms: list[int], quantize_x: bool
 ) -> dict[int, tuple[float, float, float]]:
     """(median, spread, error over its bound) by M; no error for quantized activations."""
-    weights = [random_weights(f, N, K)]
-    weights += [random_weights(f, N, K) for _ in range(copies(weights[0].nbytes()) - 1)]
+    weights = [random_weights(f, N, K=K)]
+    weights += [random_weights(f, N, K=K) for _ in range(copies(weights[0].nbytes()) - 1)]
     rows = {}
     for M in ms:
         x = torch.randn(M, K, device=DEVICE).bfloat16()

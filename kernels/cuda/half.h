@@ -23,6 +23,7 @@ struct Half<bf16> {
   // times 2^-kLift.
   static constexpr int kLiftE2m1 = 126, kLiftE4m3 = 120;
   static constexpr int kMantissaBits = 7;
+  static constexpr bool kWide = true;  // the exponents of float32
   static constexpr __device__ uint32_t power(int e) {
     return uint32_t(e + 127) << 7;
   }  // bits of 2^e
@@ -62,6 +63,7 @@ struct Half<f16> {
   static constexpr float kOffset = 1024.0f;
   static constexpr int kLiftE2m1 = 14, kLiftE4m3 = 8;
   static constexpr int kMantissaBits = 10;
+  static constexpr bool kWide = false;
   static constexpr __device__ uint32_t power(int e) { return uint32_t(e + 15) << 10; }
 
   static __device__ __forceinline__ float low(uint32_t pair) {

@@ -328,6 +328,10 @@ bool on_tensor_cores(const Problem& problem, int index) {
   return plan(problem, device(index)).kernel != Plan::Kernel::simt;
 }
 
+bool decodes_first(const Problem& problem, int index) {
+  return cuda::decodes_first(problem, device(index));
+}
+
 std::string explain(const Problem& problem, int index) {
   const Device& d = device(index);
   return describe(problem, plan(problem, d), d);
@@ -348,6 +352,7 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,
       .on_tensor_cores = cuda::on_tensor_cores,
+      .decodes_first = cuda::decodes_first,
       .explain = cuda::explain,
   };
   return &backend;

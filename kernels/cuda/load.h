@@ -1,9 +1,10 @@
 // Packed codes to tensor-core operands, in the order in which they are stored.
 //
-// A product sums over k, so its order is free: in each block of 32 codes of a row, lane c of a
-// quad (c = lane % 4) takes the 8 consecutive codes from 8c on and calls them the 4 pairs of k
-// that fragment a of two mma.m16n8k16 wants from it. x is put into the same order (`order`)
-// when it is staged. No weight is repacked, and each lane's codes are one or two whole words.
+// A product sums over k, so its order is free: of `join` blocks of 32 codes of a row that lie
+// next to each other, lane c of a quad (c = lane % 4) takes the 8 * join consecutive codes from
+// 8 * join * c on. Eight of them are the 4 pairs of k that fragment a of two mma.m16n8k16 wants
+// from it. x is put into the same order (`order`) when it is staged. No weight is repacked, and
+// each lane's codes are a few whole words.
 #pragma once
 
 #include "../formats/affine.h"
@@ -46,26 +47,91 @@ __device__ __forceinline__ uint32_t shift(uint32_t a) {
     return a >> -left;
 }
 
-// Where lane c of a quad finds its 8 codes in a block of 32, which is 4 * B bytes.
-template <int B>
+// (a & mask) | (b & ~mask)
+template <uint32_t mask>
+__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(r) : "r"(a), "r"(b), "n"(mask));
+  return r;
+}
+
+// Where lane c of a quad finds its codes in `join` blocks of 32, each of 4 * B bytes.
+template <int B, int join>
 class LaneAt {
  public:
   __device__ explicit LaneAt(int c)
       : offset_(B == 8 ? 8 * c : 8 * B * c / 32 * 4), shift_(8 * B * c % 32) {}
 
-  // The 8 codes as a little-endian stream from bit 0 on. Reads up to 4 bytes past the block.
-  __device__ __forceinline__ uint2 load(uint32_t block) const {
+  // Eight codes as a little-endian stream from bit 0 on. Reads up to 4 bytes past the block.
+  __device__ __forceinline__ void load(uint32_t block, uint2 (&codes)[join]) const {
+    static_assert(join == 1);
     const uint32_t at = block + offset_;
-    if constexpr (B == 8) return load_shared2(at);
-    const uint32_t low = load_shared(at);
-    if constexpr (B == 4) return {low, 0};
-    if constexpr (B == 2) return {low >> shift_, 0};
-    const uint32_t high = load_shared(at + 4);
-    return {__funnelshift_r(low, high, shift_), B == 3 ? 0 : high >> shift_};
+    if constexpr (B == 8) {
+      codes[0] = load_shared2(at);
+    } else {
+      const uint32_t low = load_shared(at);
+      codes[0] = {B == 4 ? low : low >> shift_, 0};
+      if constexpr (B != 4 && B != 2) {
+        const uint32_t high = load_shared(at + 4);
+        codes[0] = {__funnelshift_r(low, high, shift_), B == 3 ? 0 : high >> shift_};
+      }
+    }
   }
 
  private:
   uint32_t offset_, shift_;
+};
+
+// Sixteen codes of 2, 4, 6 or 8 bits are whole words.
+template <int B>
+class LaneAt<B, 2> {
+  static_assert(B % 2 == 0);
+
+ public:
+  __device__ explicit LaneAt(int c) : offset_(2 * B * c) {}
+
+  __device__ __forceinline__ void load(uint32_t block, uint2 (&codes)[2]) const {
+    const uint32_t at = block + offset_;
+    if constexpr (B == 2) {
+      const uint32_t v = load_shared(at);
+      codes[0] = {v, 0}, codes[1] = {v >> 16, 0};
+    } else if constexpr (B == 4) {
+      const uint2 v = load_shared2(at);
+      codes[0] = {v.x, 0}, codes[1] = {v.y, 0};
+    } else if constexpr (B == 6) {
+      const uint32_t v[3] = {load_shared(at), load_shared(at + 4), load_shared(at + 8)};
+      codes[0] = {v[0], v[1]}, codes[1] = {__funnelshift_r(v[1], v[2], 16), v[2] >> 16};
+    } else {
+      const uint4 v = load_shared4(at);
+      codes[0] = {v.x, v.y}, codes[1] = {v.z, v.w};
+    }
+  }
+
+ private:
+  uint32_t offset_;
+};
+
+// Sixteen codes of 3 bits are 6 bytes, b0 to b5: a word of a lane's own, and half of one
+// between two lanes. Bytes 0, 1, 3, 4 have codes 0 to 3 in the low half of a word and 8 to 11
+// in the high one, and bytes 1, 2, 4, 5 have 4 to 7 and 12 to 15, four bits up in both: pairs
+// of codes as they are, though across two blocks.
+template <>
+class LaneAt<3, 2> {
+ public:
+  __device__ explicit LaneAt(int c)
+      : own_(c / 2 * 12 + c % 2 * 8),
+        shared_(c / 2 * 12 + 4),
+        first_(c % 2 ? 0x2176 : 0x4310),
+        second_(c % 2 ? 0x3207 : 0x5421) {}
+
+  __device__ __forceinline__ void load(uint32_t block, uint2 (&codes)[2]) const {
+    const uint32_t own = load_shared(block + own_), shared = load_shared(block + shared_);
+    codes[0] = {__byte_perm(own, shared, first_), 0};
+    codes[1] = {__byte_perm(own, shared, second_), 0};
+  }
+
+ private:
+  uint32_t own_, shared_, first_, second_;
 };
 
 // Which of the 8 codes element i of the four pairs is: pairs are (p, p + 4), or of 8-bit codes
@@ -73,20 +139,38 @@ class LaneAt {
 constexpr __device__ int order_of_halves(int i) { return i / 2 + i % 2 * 4; }
 constexpr __device__ int order_of_bytes(int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * 2; }
 
-// Four pairs of elements of T for 8 codes, on kPlanes planes. With e the elements,
-//   value of a code = 2^kLift * (e[plane 0] + 16 * e[plane 1]) - kOffset
-template <class Code, class T>
+// Four pairs of elements of T for 8 codes, on kPlanes planes. With e the elements of pair p,
+//   value of a code = 2^kLift * (e[plane 0] + 16 * e[plane 1]) / 2^place(p) - kOffset /
+//   2^place(p)
+// and x of the pair is staged times 2^(kTop - place(p)).
+template <class Code, class T, int join>
 struct LaneCodes;
 
-template <int B, class T>
-struct LaneCodes<Unsigned<B>, T> {
-  static constexpr bool kSplit = B > Half<T>::kMantissaBits;  // into nibbles, a plane each
+// What is the same for codes that stay where their pair says.
+struct LaneCodesInPlace {
+  static constexpr int kTop = 0;
+  static constexpr bool kAcross = false;
+  static constexpr __device__ int place(int) { return 0; }
+};
+
+template <int B, class T, int join>
+struct LaneCodes<Unsigned<B>, T, join> {
+  static constexpr int kMantissa = Half<T>::kMantissaBits;
+  static constexpr bool kSplit = B > kMantissa;  // into nibbles, a plane each
   static constexpr int kPlanes = kSplit ? 2 : 1, kLift = 0;
   static constexpr float kOffset = Half<T>::kOffset * (kSplit ? 17 : 1);
+  // Codes beside each other that fit into the mantissa need no shift of their own. (float16 has
+  // no room in its exponent for x to make up for that.)
+  static constexpr int kInPlace = B <= 4 && Half<T>::kWide ? kMantissa / B : 1;
+  static constexpr int kTop = B * (kInPlace - 1);
+  // Pair p of block j is codes 4j + p and 8 + 4j + p of the lane's sixteen.
+  static constexpr bool kAcross = B == 3 && join == 2;
+  static constexpr __device__ int place(int p) { return p % kInPlace * B; }
   static constexpr __device__ int order(int i) {
     return B == 8 ? order_of_bytes(i) : order_of_halves(i);
   }
 
+  template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[kPlanes][4]) {
     constexpr uint32_t kMask = kSplit ? 15 : (1u << B) - 1, kBoth = kMask | kMask << 16;
     constexpr uint32_t kMagic = Half<T>::kMagic;
@@ -100,9 +184,10 @@ struct LaneCodes<Unsigned<B>, T> {
       }
     } else if constexpr (B <= 4) {
       uint32_t u = v.x;
-      if constexpr (B < 4) u = (u & 0xffffu) | ((u << (16 - 4 * B)) & 0xffff0000u);
-#pragma unroll
-      for (int p = 0; p < 4; p++) out[0][p] = mask_or<kBoth, kMagic>(u >> (B * p));
+      if constexpr (B < 4 && !kAcross) u = select_bits<0xffffu>(u, u << (16 - 4 * B));
+      constexpr int kFrom = kAcross ? 4 * block : 0;
+      out[0][0] = pair<0, kFrom>(u), out[0][1] = pair<1, kFrom>(u);
+      out[0][2] = pair<2, kFrom>(u), out[0][3] = pair<3, kFrom>(u);
     } else {
       const uint32_t high = __funnelshift_r(v.x, v.y, 4 * B);
 #pragma unroll
@@ -110,10 +195,17 @@ struct LaneCodes<Unsigned<B>, T> {
         out[0][p] = (((v.x >> (B * p)) & kMask) | ((high >> (B * p)) & kMask) << 16) | kMagic;
     }
   }
+
+ private:
+  template <int p, int from>
+  static __device__ __forceinline__ uint32_t pair(uint32_t u) {
+    constexpr uint32_t kMask = (1u << B) - 1, kBoth = kMask | kMask << 16;
+    return mask_or<(kBoth << place(p)), Half<T>::kMagic>(u >> (from + B * p - place(p)));
+  }
 };
 
-template <class T>
-struct LaneCodes<E2m1, T> {
+template <class T, int join>
+struct LaneCodes<E2m1, T, join> : LaneCodesInPlace {
   static constexpr int kPlanes = 1, kLift = Half<T>::kLiftE2m1;
   static constexpr float kOffset = 0.0f;
   static constexpr __device__ int order(int i) { return order_of_halves(i); }
@@ -125,6 +217,7 @@ struct LaneCodes<E2m1, T> {
     const uint32_t sign = shift<12 - 4 * p>(v) & 0x80008000u;
     return (shift<kAt - 4 * p>(v) & (kBits | kBits << 16)) | sign;
   }
+  template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[1][4]) {
     out[0][0] = pair<0>(v.x);
     out[0][1] = pair<1>(v.x);
@@ -133,8 +226,8 @@ struct LaneCodes<E2m1, T> {
   }
 };
 
-template <class T>
-struct LaneCodes<E4m3, T> {
+template <class T, int join>
+struct LaneCodes<E4m3, T, join> : LaneCodesInPlace {
   static constexpr int kPlanes = 1, kLift = Half<T>::kLiftE4m3;
   static constexpr float kOffset = 0.0f;
   static constexpr __device__ int order(int i) { return order_of_bytes(i); }
@@ -146,6 +239,7 @@ struct LaneCodes<E4m3, T> {
     constexpr uint32_t kBits = 0x7fu << (8 - kDown);
     return (shift<at - kDown>(w) & (kBits | kBits << 16)) | (shift<at>(w) & 0x80008000u);
   }
+  template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[1][4]) {
     out[0][0] = pair<8>(v.x);
     out[0][1] = pair<0>(v.x);

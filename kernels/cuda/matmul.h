@@ -14,9 +14,9 @@
 //       two warps       scales and biases to shared memory, widened to what the decoder wants
 //
 // Shared memory: ring of stages, a unit each (x, where it is not apart; codes; scales) | x, a
-// ring of its own for 256 tokens | y on its way out, before that sums between warpgroups |
-// barriers. After the last multiply of a split tile the ring holds this block's sums, which the
-// cluster adds in the order of the parts: results do not depend on timing.
+// ring of its own for 256 tokens and more | y on its way out, before that sums between
+// warpgroups | barriers. After the last multiply of a split tile the ring holds this block's
+// sums, which the cluster adds in the order of the parts: results do not depend on timing.
 //
 // Gathered products are the same but for where a tile comes from and where y's rows go:
 // matmul_gather.cuh. Their tiles are not split.
@@ -39,8 +39,8 @@
 namespace lowbit::cuda {
 
 struct MatmulArgs {
-  CUtensorMap x, codes, y;
-  const void* x_data;
+  CUtensorMap x, sorted_x, codes, y;  // sorted_x: gathered, x unless that is in order
+  const void *x_data, *sorted_x_data;
   const uint8_t *code_data, *scales, *biases;
   int64_t row_bytes;   // of codes
   int scale_row;       // bytes
@@ -72,6 +72,7 @@ struct MatmulShape {
   // x apart: a ring of its own, in halves of a unit.
   static constexpr bool kApart = kTokens > 128;
   static constexpr int kXBytes = kTokens * 128;
+  static constexpr int kXCopies = kTokens > 256 ? 2 : 1;  // a copy takes 256 rows
   static constexpr int kXStages = kApart ? 4 : 0;
 
   static constexpr int kRowBytes = 16 * F::kBits;  // codes of a unit
@@ -228,16 +229,28 @@ struct MatmulBlock {
     }
   }
 
-  __device__ __forceinline__ void copy_x(uint32_t to, int k, int token0, uint32_t bar) const {
-    if (a.share == 1) return load_tile(to, a.x, k, token0, bar);
-    const int tokens = kTokens / a.share * share_rank;
-    load_tile(to + tokens * 128, a.x, k, token0 + tokens, bar,
-              uint16_t(((1 << a.share) - 1) << (part * a.share)));
+  // 64 k of a tile's tokens, or of those that this block copies to all that share them.
+  __device__ __forceinline__ void copy_x(const CUtensorMap& map, uint32_t to, int k, int token0,
+                                         uint32_t bar) const {
+    constexpr int kOne = kTokens / Shape::kXCopies;
+    if (a.share == 1) {
+#pragma unroll
+      for (int i = 0; i < Shape::kXCopies; i++)
+        load_tile(to + i * kOne * 128, map, k, token0 + i * kOne, bar);
+    } else {
+      const int tokens = kTokens / a.share * share_rank;
+      load_tile(to + tokens * 128, map, k, token0 + tokens, bar,
+                uint16_t(((1 << a.share) - 1) << (part * a.share)));
+    }
+  }
+  __device__ __forceinline__ const CUtensorMap& x_map() const {
+    return Tile::copied(a.gather) ? a.sorted_x : a.x;
   }
 
   // A lane: codes, and x where it is not apart.
   __device__ void copy() const {
     UnitRing ring;
+    const CUtensorMap& map = x_map();
     each_tile([&](int row0, int place) {
       const Tile tile(a.gather, row0, place);
       const int row = tile.first_row(a.N) + row0, token0 = tile.token0;
@@ -247,8 +260,8 @@ struct MatmulBlock {
         arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * a.x_bytes));
         load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row, bar);
         if constexpr (!Shape::kApart) {
-          copy_x(to, u * 128, token0, bar);
-          copy_x(to + Shape::kXBytes, u * 128 + 64, token0, bar);
+          copy_x(map, to, u * 128, token0, bar);
+          copy_x(map, to + Shape::kXBytes, u * 128 + 64, token0, bar);
         }
       }
     });
@@ -256,12 +269,13 @@ struct MatmulBlock {
   // A lane: x apart.
   __device__ void copy_apart() const {
     XRing ring;
+    const CUtensorMap& map = x_map();
     each_tile([&](int row0, int place) {
       const int token0 = Tile(a.gather, row0, place).token0;
       for (int k = first_unit * 128; k < last_unit * 128; k += 64, ring.advance()) {
         wait_phase(x_empty(ring.slot), ring.parity ^ 1);
         arrive_expecting(x_full(ring.slot), a.x_bytes);
-        copy_x(x_stage(ring.slot), k, token0, x_full(ring.slot));
+        copy_x(map, x_stage(ring.slot), k, token0, x_full(ring.slot));
       }
     });
   }

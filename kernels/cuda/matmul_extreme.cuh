@@ -34,11 +34,12 @@ __device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int tok
   if (a.bias)
     bias = a.bias_is_f32 ? static_cast<const float*>(a.bias)[w_row]
                          : float(static_cast<const T*>(a.bias)[w_row]);
+  const void* x_data = tile.copied(a.gather) ? a.sorted_x_data : a.x_data;
   const auto* codes = reinterpret_cast<const uint32_t*>(a.code_data + w_row * a.row_bytes);
   const int64_t scales = w_row * (a.K / F::kGroup);
   for (int i = first; i < kTokens / 16; i += step)
     for (int t = token + 16 * i; t < min(token + 16 * i + 15, end); t += 2) {
-      const T* x = static_cast<const T*>(a.x_data) + int64_t(t) * a.K;
+      const T* x = static_cast<const T*>(x_data) + int64_t(t) * a.K;
       float sum = 0.0f;
       for (int k = 0; k < a.K; k++) {
         const int64_t at = scales + k / F::kGroup;

@@ -21,8 +21,8 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
     const Grouping g = group_rows(p, kTokens, queue);
     rows = p.pairs * p.M, w_rows = p.w.matrices * p.N, token_tiles = g.most_tiles;
     x = sorted_x(p, g, queue);
-    a.gather = {g.tiles, g.tile_count, g.y_rows, int(p.global_w_count),
-                aligned(p.y, 2 * p.N, 16)};
+    a.gather = {g.tiles,    g.tile_count,          g.y_rows,
+                g.in_order, int(p.global_w_count), aligned(p.y, 2 * p.N, 16)};
   }
   a.M = int(rows), a.N = int(p.N), a.K = int(p.K);
   a.share = plan.rows / Shape::kRows;
@@ -38,12 +38,18 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   // Fewer rows than a tile has are copied as they are. To have the copy engine fill up the rest
   // is slow: 25.4 us for 32 rows in a tile of 64 where 64 took 22.8 (4-bit 4096x14336, H200,
   // 2026-11-23). What the tile then holds beyond them reaches no y.
-  const int box = a.share == 1 && a.M < kTokens ? a.M : kTokens / a.share;
-  a.x = tensor_map(x, 2, rows, p.K, 2 * p.K, box, 64, 128);
-  a.x_bytes = box * a.share * 128;
+  const int most = kTokens / (a.share == 1 ? Shape::kXCopies : a.share);
+  const int box = a.share == 1 && a.M < most ? a.M : most;
+  const auto x_map = [&](const void* from, int64_t count) {
+    return tensor_map(from, 2, count, p.K, 2 * p.K, box, 64, 128);
+  };
+  a.sorted_x = x_map(x, rows);
+  a.x = kGather && reads_in_place(p) ? x_map(p.x, p.x_matrices * p.M) : a.sorted_x;
+  a.x_bytes = box * Shape::kXCopies * a.share * 128;
   a.codes = tensor_map(p.w.codes, 1, w_rows, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
                        Shape::kRowBytes, Shape::kSwizzle);
-  a.x_data = x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes, a.y_data = p.y;
+  a.x_data = p.x, a.sorted_x_data = x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes,
+  a.y_data = p.y;
   a.y_tiles = !kGather && aligned(p.y, 2 * p.N, 16);
   a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.x;
   a.scales = static_cast<const uint8_t*>(p.w.scales);
@@ -68,7 +74,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   if (plan.tokens == 32) return launch<F, T, 32, kGather>(p, plan, queue);
   if (plan.tokens == 64) return launch<F, T, 64, kGather>(p, plan, queue);
   if (plan.tokens == 128) return launch<F, T, 128, kGather>(p, plan, queue);
-  return launch<F, T, 256, kGather>(p, plan, queue);
+  return launch < F, T, kGather ? kGatheredTokens : 256, kGather > (p, plan, queue);
 }
 
 template <class F, class T>

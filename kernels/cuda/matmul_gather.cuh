@@ -16,7 +16,8 @@ namespace lowbit::cuda {
 struct MatmulGather {
   const RowTile* list;
   const int* list_count;
-  const int* y_rows;  // of the sorted tokens
+  const int* y_rows;    // of the sorted tokens
+  const int* in_order;  // not zero: x itself is sorted
   int global_w_count;
   bool y_vectors;  // rows of y allow stores of 16 bytes
 };
@@ -31,10 +32,11 @@ struct MatmulTile {
   __device__ __forceinline__ MatmulTile(const MatmulGather&, int row0, int token0)
       : row0(row0), token0(token0) {}
   static __device__ __forceinline__ int count(const MatmulGather&) { return 0; }
+  static __device__ __forceinline__ bool copied(const MatmulGather&) { return false; }
   // Of the tile's matrix among the rows of all of them.
   __device__ __forceinline__ int first_row(int) const { return 0; }
   __device__ __forceinline__ int end(int M) const { return M; }
-  __device__ __forceinline__ bool few(int) const { return false; }
+  __device__ __forceinline__ bool at_most(int) const { return false; }
   __device__ __forceinline__ int y_row(const MatmulGather&, int token) const { return token; }
   __device__ __forceinline__ float global_w(const MatmulGather&, const float* w) const {
     return *w;
@@ -58,9 +60,11 @@ struct MatmulTile<true> {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(n) : "l"(g.list_count));
     return n;
   }
+  // Whether tokens come from a copy of x.
+  static __device__ __forceinline__ bool copied(const MatmulGather& g) { return !*g.in_order; }
   __device__ __forceinline__ int first_row(int N) const { return matrix * N; }
   __device__ __forceinline__ int end(int) const { return tokens_end; }
-  __device__ __forceinline__ bool few(int most) const { return tokens_end - token0 <= most; }
+  __device__ __forceinline__ bool at_most(int n) const { return tokens_end - token0 <= n; }
   __device__ __forceinline__ int y_row(const MatmulGather& g, int token) const {
     return __ldg(g.y_rows + token);
   }

@@ -33,7 +33,10 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
 
   // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32.
   static constexpr int kPieces =  // of a unit
-      F::kBits == 8 || F::kGroup == 16 || (kTokens <= 64 && F::kBits % 2 == 0) ? 4 : 2;
+      F::kBits == 8 || F::kGroup == 16 ||
+              ((kTokens <= 64 || kTokens > 256) && F::kBits % 2 == 0)
+          ? 4
+          : 2;
   static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;  // of 8 k, of 16 k
   static constexpr int kWords = kChunks * F::kBits / 4;
   static constexpr int kPieceGroups = F::kGroup * kPieces < 128 ? 128 / kPieces / F::kGroup : 1;
@@ -139,6 +142,17 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
     }
   }
 
+  // 16 k of the tile's first `width` tokens: a multiply takes 256.
+  template <int width>
+  static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&operand)[4],
+                                                  uint64_t b) {
+    constexpr int kFirst = width < 256 ? width : 256, kRest = width - kFirst;
+    Wgmma<T, kFirst>::run(reinterpret_cast<float(&)[kFirst / 2]>(sums), operand, b);
+    if constexpr (kRest > 0)
+      Wgmma<T, kRest>::run(reinterpret_cast<float(&)[kRest / 2]>(sums[kFirst / 2]), operand,
+                           b + kFirst * 128 / 16);
+  }
+
   // Of the tile's tokens the first `width`.
   template <int width>
   __device__ __forceinline__ void multiply_tile(Sums& sums) {
@@ -175,8 +189,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
           const int half_at = Shape::kApart ? 0 : (step + i) / 4 * (Shape::kXBytes / 16);
-          Wgmma<T, width>::run(reinterpret_cast<float(&)[width / 2]>(sums), operand[i],
-                               b + uint64_t(half_at) + (step + i) % 4 * kDescriptorStep);
+          multiply<width>(sums, operand[i],
+                          b + uint64_t(half_at) + (step + i) % 4 * kDescriptorStep);
         }
         wgmma_commit();
         wgmma_wait<1>();  // those before: their operands and the x they read are free

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     using Block = typename Writer::Block;
     if (warp == kCopy) {
       if (lane == 0) {
-        prefetch_map(a.codes), prefetch_map(a.x);
+        prefetch_map(a.codes), prefetch_map(block.x_map());
         block.init();
       }
       __syncwarp();
@@ -244,11 +244,13 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     block.start(Writer::kMultiplies);
     claim_registers<Shape::kGroups == 2 ? 224 : 104>();
     Writer group(block, warp, lane);
-    // few: a gathered tile of at most 64 tokens, as a matrix's last one may be.
-    const auto tile_sums = [&](typename Writer::Own& own, bool few) {
+    // Matrices do not fill a gathered tile evenly.
+    const auto tile_sums = [&](typename Writer::Own& own, const typename Writer::Tile& tile) {
       typename Writer::Sums sums;
-      if (kGather && kTokens == 256 && few)
-        group.template multiply_tile<64>(sums);
+      if (kGather && kTokens > 256 && tile.at_most(64))
+        group.template multiply_tile < kTokens<64 ? kTokens : 64>(sums);
+      else if (kGather && kTokens > 256 && tile.at_most(256))
+        group.template multiply_tile < kTokens<256 ? kTokens : 256>(sums);
       else
         group.template multiply_tile<kTokens>(sums);
       group.gather_parities(sums, own);
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     if (kGather || a.split == 1) {
       block.each_tile([&](int row0, int place) {
         typename Writer::Own own;
-        tile_sums(own, Writer::Tile(a.gather, row0, place).few(64));
+        tile_sums(own, typename Writer::Tile(a.gather, row0, place));
         const typename Writer::Tile tile(a.gather, row0, place);
         group.write(own, tile);
         group.mend(group.met_extreme(), tile, 0, 1);
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     } else {
       {
         typename Writer::Own own;
-        tile_sums(own, false);
+        tile_sums(own, typename Writer::Tile(a.gather, 0, 0));
         group.share_sums(own);
       }
       cluster_sync();

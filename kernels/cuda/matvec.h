@@ -5,7 +5,7 @@
 //   some warps  fill a ring in shared memory with the rows of W that the block multiplies, tile
 //               after tile of 16 rows, some thousand codes of each row at a time
 //   the others  take the ring's slices of K in turn: fragments from the codes, times x, and
-//               per group    y += scale * (codes x X) + (bias - offset * scale) * (sum of X)
+//               per group    y += scale * (codes x X) + bias * (sum of X)
 //   warps' sums of y through shared memory in fixed order; split_k: the cluster's as well
 //
 // x waits in shared memory in fragment order, and affine groups' sums of x beside it.
@@ -18,147 +18,31 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
+#include "matvec_float.h"
 #include "matvec_integer.h"
 
 namespace lowbit::cuda {
 
+template <class F, class T, int TOK, bool gather>
+using MatvecProducts =
+    std::conditional_t<MatvecShape<F, T, TOK>::kInteger, MatvecInteger<F, T, TOK, gather>,
+                       MatvecFloat<F, T, TOK, gather>>;
+
 template <class F, class T, int TOK, bool gather = false>
-struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
-  using Base = MatvecStaging<F, T, TOK, gather>;
-  using Integer = MatvecInteger<F, T, TOK, gather>;
+struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
+  using Base = MatvecProducts<F, T, TOK, gather>;
   using Base::a, Base::at, Base::shared, Base::base, Base::warp, Base::lane, Base::g, Base::c;
-  using Base::k0, Base::k1, Base::lane_at;
+  using Base::k0, Base::k1;
   using Base::kBatch, Base::kTogether, Base::kStride;
-  using Base::kSlice, Base::kRows, Base::kDown, Base::kBarrier;
-  using typename Base::Codes, typename Base::H, typename Base::Shape, typename Base::Place,
-      typename Base::Slice;
-  static constexpr int kPlanes = Codes::kPlanes, NT = Shape::kColumnTiles;
-  static constexpr int kSlots = Shape::kSlots;
-
-  // Scales (or biases) of group i of a row, and of group i + 1 if `n` is 2; i is then even.
-  template <int n>
-  __device__ __forceinline__ void load_scales(uint32_t row, int i, float (&s)[n]) const {
-    if constexpr (Shape::kAffine && n == 2) {
-      const uint32_t v = load_shared(row + 2 * i);
-      s[0] = H::low(v), s[1] = H::high(v);
-    } else if constexpr (Shape::kAffine) {
-      uint16_t v;
-      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(row + 2 * i));
-      s[0] = H::low(v);
-    } else {
-#pragma unroll
-      for (int d = 0; d < n; d++) {
-        uint32_t v;
-        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i + d));
-        s[d] = F::Scale::decode(v);
-      }
-    }
-  }
-  // nvfp4's scale of this lane's codes of a block, as a pair of elements.
-  __device__ __forceinline__ uint32_t folded_scale(uint32_t row, int block) const {
-    uint32_t byte;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(row + 2 * block + c / 2));
-    return load_shared(base + at.table + 4 * byte);
-  }
-
-  // A slice, or its first groups.
-  template <bool whole>
-  __device__ __forceinline__ void multiply(const Slice& slice, int groups,
-                                           float (&y)[NT][4]) const {
-    constexpr int kBlocks = Shape::kSpan / 32;
-    // Columns: token g % TOK, of the groups whose turn is slot g / TOK.
-    const int my_slot = g / (TOK < 8 ? TOK : 8);
-    const uint32_t zeros = base + at.zeros + 16 * c;
-#pragma unroll
-    for (int first = 0; first < Shape::kInSlice; first += kSlots) {
-      float sum[NT][kPlanes][4] = {};
-#pragma unroll
-      for (int slot = 0; slot < kSlots; slot++) {
-        if (!whole && first + slot >= groups) break;
-        const uint32_t there = slice.x + (first + slot) * kBlocks * TOK * 64;
-        const uint32_t from = Shape::kFree == 1 || my_slot == slot ? there : zeros;
-#pragma unroll
-        for (int i = 0; i < kBlocks; i++) {
-          const int block = (first + slot) * kBlocks + i;
-          uint32_t pairs[2][kPlanes][4];
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            Codes::pairs(lane_at.load(slice.codes[r] + block * 4 * F::kBits), pairs[r]);
-            if constexpr (Codes::kLift != 0) {
-              uint32_t factor;
-              if constexpr (Shape::kFolded) {
-                factor = folded_scale(slice.scales[r], block);
-              } else {
-                constexpr uint32_t one = H::power(Codes::kLift);
-                factor = one | one << 16;
-              }
-#pragma unroll
-              for (int p = 0; p < 4; p++) pairs[r][0][p] = H::multiply(pairs[r][0][p], factor);
-            }
-          }
-#pragma unroll
-          for (int nt = 0; nt < NT; nt++) {
-            const uint4 xb = load_shared4(from + i * TOK * 64 + nt * 512);
-#pragma unroll
-            for (int plane = 0; plane < kPlanes; plane++) {
-              float(&into)[4] = *(Shape::kFolded ? &y[nt] : &sum[nt][plane]);
-              H::mma(into,
-                     {pairs[0][plane][0], pairs[1][plane][0], pairs[0][plane][1],
-                      pairs[1][plane][1]},
-                     xb.x, xb.y);
-              H::mma(into,
-                     {pairs[0][plane][2], pairs[1][plane][2], pairs[0][plane][3],
-                      pairs[1][plane][3]},
-                     xb.z, xb.w);
-            }
-          }
-        }
-      }
-      if constexpr (!Shape::kFolded) apply<whole>(sum, slice, first, groups, y);
-    }
-  }
-
-  // y += scale * sum + (bias - offset * scale) * (sum of x), each column with its group's.
-  // (Columns beyond kSlots * TOK are left out when columns are summed.)
-  template <bool whole>
-  __device__ __forceinline__ void apply(const float (&sum)[NT][kPlanes][4], const Slice& slice,
-                                        int first, int groups, float (&y)[NT][4]) const {
-    constexpr int kDistinct = TOK == 1 ? 2 : 1;  // groups of this lane's two columns
-    const int group = first + 2 * c / TOK % kSlots;
-    float2 x_sum[NT] = {};
-    if constexpr (Shape::kAffine) {
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++) {
-        const uint2 v = load_shared2(slice.x_sums + (first * TOK + nt * 8) * 4);
-        x_sum[nt] = {__uint_as_float(v.x), __uint_as_float(v.y)};
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float s[kDistinct], offset[kDistinct] = {};
-      load_scales(slice.scales[r], group, s);
-      if constexpr (Shape::kAffine) load_scales(slice.biases[r], group, offset);
-#pragma unroll
-      for (int d = 0; d < kDistinct; d++) {
-        if constexpr (Shape::kAffine) offset[d] = fmaf(-Codes::kOffset, s[d], offset[d]);
-        if (!whole && group + d >= groups) s[d] = offset[d] = 0.0f;
-      }
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float code = sum[nt][0][2 * r + i];
-          if constexpr (kPlanes == 2) code = fmaf(16.0f, sum[nt][1][2 * r + i], code);
-          float& into = y[nt][2 * r + i];
-          into = fmaf(s[i % kDistinct], code, into);
-          if constexpr (Shape::kAffine)
-            into = fmaf(offset[i % kDistinct], i ? x_sum[nt].y : x_sum[nt].x, into);
-        }
-    }
-  }
+  using Base::kSlice, Base::kRows, Base::kBarrier;
+  using typename Base::Shape, typename Base::Place, typename Base::Slice;
+  static constexpr int NT = Shape::kColumnTiles;
 
   __device__ void write(int row, int token, float sum) const {
-    float alpha = Shape::kFolded ? __uint_as_float((kDown + 127) << 23) : 1.0f;
+    float alpha = 1.0f;
+    if constexpr (Shape::kFolded) alpha = __uint_as_float((Base::kDown + 127) << 23);
     if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
     const int64_t matrix = gather ? max(this->run.matrix, 0) : 0;
     if (a.global_w)
@@ -190,6 +74,8 @@ struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
   __device__ __forceinline__ bool stage_x(bool first) const {
     constexpr int NT = Shape::kTokenTiles;
     uint32_t largest = 0;
+    // No team reads what was there before. (One alone has met since it did.)
+    if (Shape::kMostTeams > 1 && !first) sync_threads<Shape::kWorkers>(kBarrier);
 #pragma unroll 1
     for (int k = k0 + warp * kSlice + lane * 8; k - lane * 8 < k1; k += kBatch * kStride) {
       uint4 in[NT][kBatch][kTogether];
@@ -203,61 +89,18 @@ struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
           if (k - lane * 8 + b * kStride < k1) {
-            if constexpr (Shape::kInteger)
-              Integer::store_x(k + b * kStride, 8 * nt, in[nt][b], largest);
-            else
-              Base::store_x(k + b * kStride, 8 * nt, in[nt][b], largest);
+            Base::store_x(k + b * kStride, 8 * nt, in[nt][b], largest);
           }
     }
     for (int i = warp * 32 + lane; i < Shape::kZeros / 4; i += Shape::kWorkers)
       reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
-    if constexpr (Shape::kFolded) {
-      constexpr int kUp = Codes::kLift - kDown;
-      auto* table = reinterpret_cast<uint32_t*>(shared + at.table);
-      for (int i = warp * 32 + lane; i < 256; i += Shape::kWorkers) {
-        const uint32_t s =
-            H::bits(F::Scale::decode(uint32_t(i)) * __uint_as_float((kUp + 127) << 23));
-        table[i] = s | s << 16;
-      }
-    }
+    this->fill_table();
     if (!gather || first) sync_threads<Shape::kThreads>(Base::kBegun);
     return !sync_any<Shape::kWorkers>(kBarrier, largest >= __float_as_uint(0x1p100f));
   }
-  // This lane's x for its first column of a slice that starts at k, and the sums of its group.
-  __device__ uint32_t x_at(int k) const {
-    return base + at.x + (k - k0) / 32 * TOK * 64 + (g % (TOK < 8 ? TOK : 8) * 4 + c) * 16;
-  }
-  __device__ uint32_t sums_at(int k) const {
-    return base + at.x_sums + ((k - k0) / Shape::kGroup * TOK + 2 * c % (kSlots * TOK)) * 4;
-  }
-  template <bool whole>
-  __device__ __forceinline__ void multiply_slice(const Slice& s, int groups,
-                                                 float (&y)[NT][4]) const {
-    if constexpr (Shape::kInteger)
-      Integer::template multiply<whole>(s, groups, y);
-    else
-      multiply<whole>(s, groups, y);
-  }
-
   // This warp's sums of a tile, of all columns, to its place in a room.
   __device__ __forceinline__ void store_sums(float (&y)[NT][4], float* room) const {
-    if constexpr (Shape::kInteger) {
-      Integer::add_limbs(y, c);
-    } else if constexpr (kSlots > 1) {
-      // The sum over a token's columns: of a lane, then of lanes of the quad.
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float low = 2 * c < kSlots * TOK ? y[0][2 * r] : 0.0f;
-        float high = 2 * c + 1 < kSlots * TOK ? y[0][2 * r + 1] : 0.0f;
-        if constexpr (TOK == 1) low += high;
-#pragma unroll
-        for (int other = TOK <= 2 ? 1 : TOK / 2; other < 4; other *= 2) {
-          low += __shfl_xor_sync(0xffffffffu, low, other);
-          high += __shfl_xor_sync(0xffffffffu, high, other);
-        }
-        y[0][2 * r] = low, y[0][2 * r + 1] = high;
-      }
-    }
+    this->sum_columns(y);
 #pragma unroll
     for (int i = 0; i < 4 * Shape::kTokenTiles; i++) {
       const int token = i / 4 * 8 + 2 * c + i % 2;
@@ -265,22 +108,44 @@ struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
     }
   }
 
-  // The work of the warps that multiply, for a run; x of the run before is no longer read.
-  template <bool split, bool qx>
-  __device__ __forceinline__ void multiply_run(Place& place, bool first) const {
+  // The work of the warps that multiply, for a run whose x is staged. plain: what stage_x said.
+  // How many teams there are is part of the text: as a variable it took 3-bit experts 10 %.
+  template <bool split = false>
+  __device__ __forceinline__ void multiply(Place& place, bool plain) const {
+    if (Shape::kMostTeams > 1 && at.teams > 1)
+      multiply_by<split, Shape::kMostTeams>(place, plain);
+    else
+      multiply_by<split, 1>(place, plain);
+  }
+  template <bool split, int teams>
+  __device__ __forceinline__ void multiply_by(Place& place, bool plain) const {
+    constexpr int team_warps = Shape::kWarps / teams;
     const int tiles = this->run.tiles, tokens = this->run.tokens;
-    const bool plain = this->template stage_x<qx>(first);
-    auto* const rooms = reinterpret_cast<float*>(shared + at.sums);
+    const int team = warp / team_warps, member = warp % team_warps;
+    const auto sync_team = [&] {
+      sync_threads<32 * team_warps>(teams > 1 ? Base::kTeamBarrier + team : kBarrier);
+    };
+    constexpr int tile_sums = team_warps * Shape::kWarpSums;
+    constexpr int one_room = Shape::kFlush * tile_sums;
+    auto* const rooms =
+        reinterpret_cast<float*>(shared + at.sums) + team * Shape::kRooms * one_room;
     auto* room = rooms;
-    int waiting = 0, turn = warp;  // turn: this warp's next slice of the stage
+    int waiting = 0, turn = member;  // turn: this warp's next slice of the stage
     for (int tile = 0; tile < tiles; tile++) {
+      if (teams > 1 && tile % teams != team) {
+        for (int k = k0; k < k1; k += at.codes) this->next_place(place);
+        continue;
+      }
       float y[NT][4] = {};
 #pragma unroll 1
       for (int k = k0; k < k1; k += at.codes) {
         const int slices = (min(at.codes, k1 - k) + kSlice - 1) / kSlice;
+        // Parity tells a round only from the one before, and what was in this place then may
+        // have been another team's, not copied yet: that team has left it.
+        if (teams > 1 && place.round > 0) wait_phase(this->empty(place), (place.round - 1) & 1);
         wait_phase(this->full(place), place.round & 1);
 #pragma unroll 1
-        for (; turn < slices; turn += Shape::kWarps) {
+        for (; turn < slices; turn += team_warps) {
           const int here = k + turn * kSlice;
           const int spans = (k1 - here + Shape::kSpan - 1) / Shape::kSpan;
           Slice s;
@@ -292,35 +157,35 @@ struct MatvecBlock : MatvecInteger<F, T, TOK, gather> {
                           turn * Shape::kSliceScales;
             s.biases[r] = s.scales[r] + kRows * at.scale_row;
           }
-          s.x = Shape::kInteger ? Integer::x_at(here) : x_at(here);
-          s.x_sums = Shape::kInteger ? Integer::sums_at(here) : sums_at(here);
+          s.x = Base::x_at(here), s.x_sums = Base::sums_at(here);
           if (spans >= Shape::kInSlice)
-            multiply_slice<true>(s, 0, y);
+            Base::template multiply_slice<true>(s, 0, y);
           else
-            multiply_slice<false>(s, spans, y);
+            Base::template multiply_slice<false>(s, spans, y);
         }
         turn -= slices;
         __syncwarp();
         if (lane < kArrivals) arrive(this->empty(place));
         this->next_place(place);
       }
-      store_sums(y, room + waiting * Shape::kTileSums + warp * Shape::kWarpSums + g);
-      if (++waiting < Shape::kFlush && tile + 1 < tiles) continue;
-      sync_threads<Shape::kWorkers>(kBarrier);
-      for (int i = warp * 32 + lane; i < waiting * kRows * TOK; i += Shape::kWorkers) {
+      store_sums(y, room + waiting * tile_sums + member * Shape::kWarpSums + g);
+      if (++waiting < Shape::kFlush && tile + teams < tiles) continue;
+      sync_team();
+      for (int i = member * 32 + lane; i < waiting * kRows * TOK; i += 32 * team_warps) {
         const int r = i % kRows, token = i / kRows % TOK, which = i / kRows / TOK;
         if (token >= tokens) continue;
-        const float* from = room + which * Shape::kTileSums + token * Shape::kTokenSums + r;
+        const float* from = room + which * tile_sums + token * Shape::kTokenSums + r;
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < Shape::kWarps; w++) sum += from[w * Shape::kWarpSums];
-        if (plain) keep<split>(tile - waiting + 1 + which, r, token, sum);
+        for (int w = 0; w < team_warps; w++) sum += from[w * Shape::kWarpSums];
+        if (plain)
+          keep<split>(tile - (waiting - 1 - which) * teams, r, token, sum * Base::kUnit);
       }
       // The other room is free: its sums were read before the barrier just passed.
       if constexpr (Shape::kRooms == 1)
-        sync_threads<Shape::kWorkers>(kBarrier);
+        sync_team();
       else
-        room = rooms + (room == rooms ? Shape::kFlush * Shape::kTileSums : 0);
+        room = rooms + (room == rooms ? one_room : 0);
       waiting = 0;
     }
     if (!plain) {
@@ -363,12 +228,12 @@ __global__ void __launch_bounds__(MatvecShape<F, T, TOK>::kThreads, 1)
   const int k0 = rank * a.part, k1 = k0 + a.part < a.K ? k0 + a.part : a.K;
   const MatvecBlock<F, T, TOK> block{{a, a.at, shared, shared_address(shared), warp, lane,
                                       lane / 4, lane % 4, k0, k1, MatvecRun{first, tiles, a.M},
-                                      LaneAt<F::kBits>(lane % 4)}};
+                                      LaneAt<F::kBits, Shape::kJoin>(lane % 4)}};
   auto place = block.first_place();
   if (warp >= Shape::kWarps)
     block.fill_ring([&](auto body) { body(block, place); });
   else
-    block.template multiply_run<split, qx>(place, true);
+    block.template multiply<split>(place, block.template stage_x<qx>(true));
 #if __CUDA_ARCH__ >= 900
   if constexpr (split) {
     auto cluster = cg::this_cluster();

@@ -58,18 +58,26 @@ void launch_gather(const Product& p, Queue& queue) {
   using Shape = MatvecShape<F, T, TOK>;
   MatvecArgs a = arguments<F, T, TOK>(p);
   const Device& device = queue.device();
-  a.lhs = p.lhs, a.rhs = p.rhs, a.pairs = p.pairs;
-  a.x_matrices = p.x_matrices, a.matrices = p.w.matrices;
+  a.gathered = gathered_rows(p);
   a.global_w_count = int(p.global_w_count);
-  if (!matvec_pair_by_pair(p.M, p.pairs)) {
+  a.part = a.K;
+  a.tiles = int((p.N + Shape::kRows - 1) / Shape::kRows);
+  a.at = Shape::kSizes.layout(a.part, 0, device.shared_bytes, true);
+  const int blocks = device.processors, rows = a.gathered.count;
+  if (matvec_pair_by_pair(p.M, p.pairs)) {
+    // No list.
+  } else if (matvec_sorts(a.at, rows, p.w.matrices)) {
+    a.list_stride = rows / TOK + int(std::min<int64_t>(rows, p.w.matrices));
+    a.list = static_cast<RowTile*>(
+        queue.scratch(size_t(blocks) * size_t(a.list_stride) * sizeof(RowTile)));
+    a.x_rows = static_cast<int*>(queue.scratch(size_t(2 * blocks) * size_t(rows) * 4));
+    a.y_rows = a.x_rows + blocks * rows;
+  } else {
     const Grouping g = group_rows(p, TOK, queue);
     a.list = g.tiles, a.list_count = g.tile_count, a.x_rows = g.x_rows, a.y_rows = g.y_rows;
   }
-  a.part = a.K;
-  a.tiles = int((p.N + Shape::kRows - 1) / Shape::kRows);
-  a.at = Shape::kSizes.layout(a.part, 0, device.shared_bytes);
-  queue.run(matvec_gather_kernel<F, T, TOK>, dim3(unsigned(device.processors)),
-            dim3(Shape::kThreads), size_t(a.at.bytes), 1, a);
+  queue.run(matvec_gather_kernel<F, T, TOK>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
+            size_t(a.at.bytes), 1, a);
 }
 
 template <class F, class T, int TOK, bool qx>

@@ -48,6 +48,7 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   using typename Base::H, typename Base::Shape, typename Base::Slice;
   static constexpr int NT = Shape::kColumnTiles, kSlots = Shape::kSlots;
   using Bytes = ByteCodes<F::kBits>;
+  static constexpr float kUnit = 1.0f;  // of sums
   // Column q of the product: limb q / TOK of token q % TOK. TOK == 1: limb q % 4 of the group
   // of slot q / 4, and limb 3, which there is not, collects biases. Other columns are never
   // read.
@@ -62,7 +63,7 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
                                           uint32_t& largest) const {
     auto* about =
         reinterpret_cast<float2*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
-    char* x = shared + at.x + (k - k0) / 32 * kBlock + token * 32 + lane % 4 * 8;
+    char* x = shared + at.x + this->block_at(k) * kBlock + token * 32 + this->taker() * 8;
 #pragma unroll
     for (int t = 0; t < kTogether; t++) {
       const uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
@@ -118,14 +119,15 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   }
 
   template <bool whole>
-  __device__ __forceinline__ void multiply(const Slice& slice, int groups,
-                                           float (&y)[NT][4]) const {
+  __device__ __forceinline__ void multiply_slice(const Slice& slice, int groups,
+                                                 float (&y)[NT][4]) const {
     constexpr int kBlocks = Shape::kGroup / 32, kWords = Shape::kSliceScales / 4;
+    constexpr int kJoin = Shape::kJoin;
     uint32_t scales[2][kWords], biases[2][kWords];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      load_words(slice.scales[r], scales[r]);
-      load_words(slice.biases[r], biases[r]);
+      Base::load_words(slice.scales[r], scales[r]);
+      Base::load_words(slice.biases[r], biases[r]);
     }
     const uint32_t zeros = base + at.zeros + 8 * c;
 #pragma unroll
@@ -139,15 +141,19 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
         const uint32_t there = slice.x + (first + slot) * kBlocks * kBlock;
         const uint32_t from = kSlots == 1 || g / 4 == slot ? there : zeros;
 #pragma unroll
-        for (int i = 0; i < kBlocks; i++) {
+        for (int i = 0; i < kBlocks; i += kJoin) {
           const int block = (first + slot) * kBlocks + i;
-          uint2 w[2];
+          uint2 codes[2][kJoin];
 #pragma unroll
           for (int r = 0; r < 2; r++)
-            w[r] = Bytes::words(lane_at.load(slice.codes[r] + block * 4 * F::kBits));
+            lane_at.load(slice.codes[r] + block * 4 * F::kBits, codes[r]);
 #pragma unroll
-          for (int nt = 0; nt < NT; nt++)
-            mma_bytes(sum[nt], w, load_shared2(from + i * kBlock + nt * 256));
+          for (int j = 0; j < kJoin; j++) {
+            const uint2 w[2] = {Bytes::words(codes[0][j]), Bytes::words(codes[1][j])};
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+              mma_bytes(sum[nt], w, load_shared2(from + (i + j) * kBlock + nt * 256));
+          }
         }
       }
       // y += scale * unit * sum, and bias * (sum of x) in the columns of limb 2.
@@ -185,8 +191,9 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
     }
   }
 
+  __device__ __forceinline__ void fill_table() const {}
   // Sums by token from sums by column, in y[half].
-  static __device__ __forceinline__ void add_limbs(float (&y)[NT][4], int c) {
+  __device__ __forceinline__ void sum_columns(float (&y)[NT][4]) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if constexpr (TOK == 1) {
@@ -209,18 +216,6 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   }
 
  private:
-  template <int n>
-  static __device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[n]) {
-    if constexpr (n == 1) {
-      to[0] = load_shared(from);
-    } else if constexpr (n == 2) {
-      const uint2 v = load_shared2(from);
-      to[0] = v.x, to[1] = v.y;
-    } else {
-      const uint4 v = load_shared4(from);
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    }
-  }
   // The scale of group `first` out of a pair, or of this lane's slot's.
   __device__ __forceinline__ float pick(uint32_t pair, int first) const {
     if constexpr (TOK == 1)

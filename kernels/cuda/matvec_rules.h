@@ -12,28 +12,39 @@ struct MatvecSizes {
   int tokens;  // 1, 4, 8 or 16: rows of x, padded
 
   constexpr bool folded() const { return group < 32; }
-  // Whether codes meet x as integers (matvec_integer.h). 4096x14336, H200, 2026-11-22, integers
-  // against floats in one run: 4-bit M = 1 13.3 / 13.8, M = 4 14.1 / 13.9; 3-bit 14.4 / 14.6
-  // and 17.2 / 15.1; 8-bit 19.3 / 21.1, 19.5 / 20.7, M = 8 23.9 / 21.8 us.
+  // Whether codes meet x as integers (matvec_integer.h). 4096x14336, H200, integers against
+  // floats in one run: 4-bit M = 1 13.3 / 13.8, M = 4 14.1 / 13.9; 8-bit 19.3 / 21.1, 19.5 /
+  // 20.7, M = 8 23.9 / 21.8 us (2026-11-22); 3-bit M = 1 14.5 / 13.7 (2026-11-23).
   constexpr bool integer() const {
-    return affine && (tokens == 1 || (bits == 8 && tokens == 4));
+    return affine && ((tokens == 1 && bits != 3) || (bits == 8 && tokens == 4));
   }
   // Warps that multiply, and those that copy: the copy engine takes a row at a time, and one
   // warp alone asks for about one in 40 ns (4-bit 4096x14336, M = 1: 19.9 us with one, 13.8
   // with 4, 14.3 with 8; H200, 2026-11-22).
   constexpr int warps() const { return tokens > 8 ? 8 : 16; }
+  // The warps that multiply form teams, which take tiles in turn: a team's sums of y wait for
+  // its own warps alone, while the others multiply. 1, 2 and 4 teams at M = 8, 4096x14336:
+  // 3-bit 16.1, 15.4, 14.5 us; experts of 16 tokens 101, 96, 89 (H200, 2026-11-23). As many as
+  // the ring allows: at most this.
+  constexpr int most_teams() const { return tokens == 8 || tokens == 4 ? 4 : 1; }
   static constexpr int kCopyWarps = 4;
   static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
-  // Slices in a stage: long rows make few copies (8 slices: 15.9 us where 16 take 13.9), and
-  // less than 3 stages keep too little under way.
-  static constexpr int kInStage = 16, kFewStages = 3;
+  // Slices in a stage: long rows make few copies, short ones come and go sooner, which few
+  // tiles a block want; and less than 3 stages keep too little under way. 16 and 8 slices,
+  // 4-bit: 4096x14336 M = 8 14.6 and 13.5 us, 4096x4096 M = 1 6.3 and 6.1, M = 4 6.7 and 6.8,
+  // experts of 16 tokens 77.6 and 80.2 (H200, 2026-11-23).
+  constexpr int in_stage(bool gather) const { return gather || tokens == 4 ? 16 : 8; }
+  static constexpr int kFewStages = 3;
   constexpr int scale_size() const { return affine ? 2 : 1; }
   constexpr int slice_scales() const { return kSlice / group * scale_size(); }  // bytes: 4..16
   // Slices whose scales are whole pieces of 16 bytes.
   constexpr int unit() const { return slice_scales() < 16 ? 16 / slice_scales() : 1; }
+  // Blocks of 32 codes that a lane loads at once (load.h).
+  constexpr int join() const { return affine && group >= 64 && bits != 5 ? 2 : 1; }
   // Bytes from row to row in a stage of `codes` a row: 8 rows of a fragment fall into different
-  // banks when these are odd multiples of what one lane quad reads.
-  constexpr int code_row(int codes) const { return codes * bits / 8 + (bits == 8 ? 32 : 16); }
+  // banks when these are odd multiples of what one lane quad reads at once.
+  constexpr int quad_words() const { return bits == 8 ? 2 * join() : bits == 4 ? join() : 1; }
+  constexpr int code_row(int codes) const { return codes * bits / 8 + 16 * quad_words(); }
   constexpr int scale_row(int codes) const {
     return (codes / group * scale_size() + 15) / 16 / 2 * 32 + 16;
   }
@@ -50,42 +61,49 @@ struct MatvecSizes {
   // Tiles whose sums wait for the block's other warps: these then drift apart, and one's
   // arithmetic covers another's waits. A barrier for each tile: 16.0 us where this took 14.7
   // (4-bit 4096x14336, M = 1; H200, 2026-11-22).
-  constexpr int flush() const { return tokens == 1 ? 8 : tokens == 4 ? 2 : 1; }
-  constexpr int rooms() const { return tokens == 16 ? 1 : 2; }
+  constexpr int flush() const { return tokens == 1 ? 8 : 1; }
+  constexpr int rooms() const { return tokens >= 8 ? 1 : 2; }
   static constexpr int kTokenSums = 20;  // floats for 16 rows; lane quads in different banks
   constexpr int warp_sums() const { return tokens * kTokenSums; }
-  constexpr int tile_sums() const { return warps() * warp_sums(); }
+  constexpr int tile_sums() const { return warps() * warp_sums(); }  // of all teams
 
   // Shared memory: barriers of the ring | x | a group of zeros | group sums of x | warps' sums
   // of y | scale table | parts of y of the block's tiles (split_k) | ring of `stages` of
   // `codes` a row
   struct Layout {
     int x, zeros, x_sums, sums, table, parts, ring, bytes;
-    int codes, stages, code_row, scale_row, stage;
+    int codes, stages, code_row, scale_row, stage, teams;
   };
   static constexpr int kMostStages = 16;
   // stages < 2: it does not fit.
-  constexpr Layout layout(int64_t part, int tiles, int shared_bytes) const {
+  constexpr Layout layout(int64_t part, int tiles, int shared_bytes,
+                          bool gather = false) const {
     const int padded = int((part + kSlice - 1) / kSlice * kSlice);
     Layout at{};
     at.x = kMostStages * 16;
     at.zeros = at.x + padded * tokens * (integer() ? 3 : 2);
     at.x_sums = at.zeros + zeros();
-    at.sums = at.x_sums + (affine ? padded / group * tokens * (integer() ? 8 : 4) : 0);
+    at.sums = at.x_sums + (affine ? padded / group * tokens * 8 : 0);
     at.table = at.sums + rooms() * flush() * tile_sums() * 4;
     at.parts = at.table + (folded() ? 1024 : 0);
     at.ring = (at.parts + tiles * kRows * tokens * 4 + 127) / 128 * 128;
     const int units = (padded / kSlice + unit() - 1) / unit();
-    int in_stage = kInStage / unit() < units ? kInStage / unit() : units;
-    for (;; in_stage = (in_stage + 1) / 2) {
-      at.codes = in_stage * unit() * kSlice;
+    const int most = in_stage(gather) / unit();
+    int in_one = most < units ? most : units;  // units in a stage
+    for (;; in_one = (in_one + 1) / 2) {
+      at.codes = in_one * unit() * kSlice;
       at.code_row = code_row(at.codes), at.scale_row = scale_row(at.codes);
       at.stage = stage(at.codes);
       at.stages = (shared_bytes - at.ring) / at.stage;
-      if (at.stages >= kFewStages || in_stage == 1) break;
+      if (at.stages >= kFewStages || in_one == 1) break;
     }
     if (at.stages > kMostStages) at.stages = kMostStages;
     at.bytes = at.ring + at.stages * at.stage;
+    // A barrier tells a round only from the one before. A team that comes to its next stage,
+    // past those of the others, finds the ring at most one round behind only if it is longer
+    // than they are together.
+    const int of_tile = (padded + at.codes - 1) / at.codes;
+    at.teams = at.stages < 1 + (most_teams() - 1) * of_tile ? 1 : most_teams();
     return at;
   }
   // K of each of `split` parts: whole units of slices.
@@ -139,10 +157,19 @@ constexpr bool matvec_quantizes(Format format) {
   return !f.affine() && f.bits == 8;
 }
 
-// Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, in a
-// kernel of its own that takes some 3 us, so that each matrix that is hit is read once for 8
-// rows.
+// Shared memory for a matrix while a block sorts rows: of each warp with rows how many are
+// its own, and where the matrix's rows begin.
+inline constexpr int kMatvecSortBytes = 16 * 2 + 4;
+
+// Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, so that
+// each matrix that is hit is read once for 8 rows.
 constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 16; }
+
+// Whether each block sorts them for itself, a row a thread, in the shared memory of x and of
+// the sums: the kernel that does it before takes 5 us (H200, 2026-11-23).
+constexpr bool matvec_sorts(const MatvecSizes::Layout& at, int64_t rows, int64_t matrices) {
+  return rows <= 512 && matrices * kMatvecSortBytes + 128 <= at.ring - at.x;
+}
 
 constexpr int matvec_gather_tokens(const Problem& p) {
   return p.M == 1 && matvec_pair_by_pair(p.M, p.pairs) ? 1 : 8;
@@ -150,7 +177,7 @@ constexpr int matvec_gather_tokens(const Problem& p) {
 constexpr Plan matvec_gather_plan(const Problem& p, const Device& device) {
   const FormatInfo& f = kFormats[int(p.format)];
   const MatvecSizes sizes{f.bits, f.group_size, f.affine(), matvec_gather_tokens(p)};
-  const auto at = sizes.layout(p.K, 0, device.shared_bytes);
+  const auto at = sizes.layout(p.K, 0, device.shared_bytes, true);
   if (at.stages < 2) return {Plan::Kernel::simt, 0, 0, 0, 0};
   return {Plan::Kernel::matvec, sizes.tokens, MatvecSizes::kRows, at.stages, 1};
 }

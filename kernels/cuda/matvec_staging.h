@@ -3,7 +3,7 @@
 #pragma once
 
 #include "encode.cuh"
-#include "group.h"
+#include "group.cuh"
 #include "kernels.h"
 #include "load.h"
 #include "matvec_rules.h"
@@ -29,11 +29,13 @@ struct MatvecArgs {
   bool bias_is_f32;               // else of x's type
   bool x_aligned;                 // to 16 bytes
   // Gathered products: rows of x in tiles of up to TOK, or where `list` is null those of a
-  // pair. `tiles` are then those of a matrix.
-  const RowTile* list;
-  const int *list_count, *x_rows, *y_rows;
-  const int64_t *lhs, *rhs;
-  int64_t x_matrices, matrices, pairs;
+  // pair. `tiles` are then those of a matrix. list_stride: not zero where each block makes a
+  // list of its own.
+  GatheredRows gathered;
+  RowTile* list;
+  const int* list_count;
+  int *x_rows, *y_rows;
+  int list_stride;
   int global_w_count;
 };
 
@@ -74,9 +76,11 @@ struct MatvecShape {
                                       : TOK == 1 ? 1
                                                  : (3 * TOK + 7) / 8;
   static constexpr int kWarps = kSizes.warps(), kWorkers = 32 * kWarps;
+  static constexpr int kMostTeams = kSizes.most_teams();
   static constexpr int kCopyWarps = kSizes.kCopyWarps;
   static constexpr int kThreads = kWorkers + 32 * kCopyWarps;
   static constexpr int kSlice = kSizes.kSlice, kRows = kSizes.kRows;
+  static constexpr int kJoin = kSizes.join();
   static constexpr int kSliceCodes = kSlice * F::kBits / 8,
                        kSliceScales = kSizes.slice_scales();
   static constexpr int kGroup = F::kGroup, kSpan = kSizes.span();
@@ -91,18 +95,18 @@ struct MatvecShape {
                                                    : kInSlice;
   static constexpr int kFlush = kSizes.flush(), kTokenSums = kSizes.kTokenSums;
   static constexpr int kRooms = kSizes.rooms();
-  static constexpr int kWarpSums = kSizes.warp_sums(), kTileSums = kSizes.tile_sums();
+  static constexpr int kWarpSums = kSizes.warp_sums();
   static constexpr int kZeros = kSizes.zeros();
 };
 
 template <class F, class T, int TOK, bool gather>
 struct MatvecStaging {
   using Shape = MatvecShape<F, T, TOK>;
-  using Codes = LaneCodes<typename F::Code, T>;
   using H = Half<T>;
   static constexpr int kSlice = Shape::kSlice, kRows = Shape::kRows;
-  // Barriers: of the warps that multiply, of those that copy, and of all when both have begun.
-  static constexpr int kBarrier = 1, kCopyBarrier = 2, kBegun = 3;
+  // Barriers: of the warps that multiply, of those that copy, of all when both have begun, and
+  // of the first team.
+  static constexpr int kBarrier = 1, kCopyBarrier = 2, kBegun = 3, kTeamBarrier = 4;
 
   const MatvecArgs& a;
   const MatvecSizes::Layout& at;
@@ -111,7 +115,7 @@ struct MatvecStaging {
   const int warp, lane, g, c;
   const int k0, k1;  // this block's part of K
   const MatvecRun run;
-  const LaneAt<F::kBits> lane_at;
+  const LaneAt<F::kBits, Shape::kJoin> lane_at;
 
   // Stored row n of this run's matrix among all of them; rows of x and y for a token.
   __device__ __forceinline__ int64_t w_row(int64_t n) const {
@@ -120,7 +124,7 @@ struct MatvecStaging {
   __device__ __forceinline__ int64_t x_row(int token) const {
     if constexpr (!gather) return token;
     if (a.list) return a.x_rows[run.rows + token];
-    return run.matrix < 0 ? token : a.lhs[run.rows] * a.M + token;
+    return run.matrix < 0 ? token : a.gathered.lhs[run.rows] * a.M + token;
   }
   __device__ __forceinline__ int64_t y_row(int token) const {
     if constexpr (!gather) return token;
@@ -161,7 +165,7 @@ struct MatvecStaging {
 #pragma unroll 1
       for (int i = 0; i < at.stages; i++) {
         init_barrier(base + 16 * i, (bulk ? 1 : 32) * Shape::kCopyWarps);
-        init_barrier(base + 16 * i + 8, Shape::kWarps * kArrivals);
+        init_barrier(base + 16 * i + 8, Shape::kWarps / at.teams * kArrivals);
       }
 #if __CUDA_ARCH__ >= 900
       publish_barriers();
@@ -328,43 +332,27 @@ struct MatvecStaging {
         for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
       }
   }
-  // Puts a slice into fragment order, [block of 32][token][lane of the quad][8], and sums
-  // groups.
-  __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether],
-                                          uint32_t& largest) const {
-    auto* x_sums =
-        reinterpret_cast<float*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
-    auto* x =
-        reinterpret_cast<uint4*>(shared + at.x) + ((k - k0) / 32 * TOK + token) * 4 + lane % 4;
-#pragma unroll
-    for (int t = 0; t < kTogether; t++) {
-      const uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
-      if constexpr (Shape::kAffine) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-          const float low = H::low(v[q]), high = H::high(v[q]);
-          largest = max(largest, __float_as_uint(fabsf(low)));  // bits: NaN is largest
-          largest = max(largest, __float_as_uint(fabsf(high)));
-          sum += low + high;
-        }
-#pragma unroll
-        for (int other = 1; other < Shape::kGroup / 8; other *= 2)
-          sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        if (lane % (Shape::kGroup / 8) == 0) x_sums[t] = sum;
-      }
-      uint32_t out[4];
-#pragma unroll
-      for (int p = 0; p < 4; p++) {
-        const int even = Codes::order(2 * p), odd = Codes::order(2 * p + 1);
-        out[p] = __byte_perm(v[even / 2], v[odd / 2],
-                             (even % 2 ? 0x32 : 0x10) | (odd % 2 ? 0x7600 : 0x5400));
-      }
-      x[t * 4] = make_uint4(out[0], out[1], out[2], out[3]);
+  // Of the 8 codes at k of this lane, when x is staged: their block of 32, and the lane of a
+  // quad that takes them.
+  __device__ __forceinline__ int block_at(int k) const {
+    return Shape::kJoin == 1 ? (k - k0) / 32 : (k - k0) / 64 * 2 + lane % 2;
+  }
+  __device__ __forceinline__ int taker() const {
+    return Shape::kJoin == 1 ? lane % 4 : lane % 8 / 2;
+  }
+  // Words of scales of a slice, and of the biases.
+  template <int n>
+  static __device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[n]) {
+    if constexpr (n == 1) {
+      to[0] = load_shared(from);
+    } else if constexpr (n == 2) {
+      const uint2 v = load_shared2(from);
+      to[0] = v.x, to[1] = v.y;
+    } else {
+      const uint4 v = load_shared4(from);
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
   }
-  // nvfp4: scale times code is exact in T when its power of two is moved down a little.
-  static constexpr int kDown = Codes::kLift - (H::kMantissaBits == 7 ? 110 : 7);
 };
 
 }  // namespace lowbit::cuda

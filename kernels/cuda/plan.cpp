@@ -38,6 +38,15 @@ Plan plan(const Problem& asked, const Device& device) {
   return {Plan::Kernel::simt, 0, 0, 0, 0};
 }
 
+bool decodes_first(const Problem& p, const Device& device) {
+  if (p.dtype == Dtype::f32 || p.gather || p.quantize_x || p.format == Format::dense)
+    return false;
+  if (p.transpose && p.M <= 16) return false;
+  // A global scale moves whole tensors below what float16 holds.
+  if (p.dtype == Dtype::f16 && p.format == Format::nvfp4) return false;
+  return plan(p, device).kernel == Plan::Kernel::simt;
+}
+
 std::string describe(const Problem& p, const Plan& plan, const Device& device) {
   std::ostringstream text;
   switch (plan.kernel) {
@@ -52,7 +61,7 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
            << " rows of w a tile";
       break;
     case Plan::Kernel::simt:
-      if (p.dtype != Dtype::f32 && !p.gather && !p.quantize_x)
+      if (decodes_first(p, device))
         text << "weights decoded to " << name(p.dtype) << ", then MLX's matmul";
       else
         text << "cuda simt, float32 arithmetic";

@@ -28,10 +28,13 @@ struct Plan {
 
 // Whether rows of x can be sorted by matrix on the device (group.h).
 constexpr bool groups(int64_t rows, int64_t matrices) {
-  return rows > 0 && rows < (1 << 30) && matrices > 0 && matrices <= 12288;
+  return rows > 0 && rows < (1 << 30) && matrices > 0 && matrices <= 6000;
 }
 
 Plan plan(const Problem&, const Device&);
+// Two-byte products without a kernel on tensor cores, when the weights had better be decoded
+// for cuBLAS: it takes some rows to be worth that, and weights that float16 holds.
+bool decodes_first(const Problem&, const Device&);
 std::string describe(const Problem&, const Plan&, const Device&);
 
 }  // namespace lowbit::cuda

@@ -26,12 +26,11 @@ namespace {
 // rounding weights once to the type of the result is within that type's bound.
 bool decode_first(const ProductKind& kind, const ProductInputs& in, mx::Stream stream) {
   if (stream.device != mx::Device::gpu || !cuda_loaded()) return false;
-  if (kind.gather || kind.quantize_x || kind.format == Format::dense) return false;
-  if (in.x.dtype() == mx::float32) return false;
+  if (kind.gather || kind.quantize_x) return false;
   const ProductShape s = ProductShape::of(kind, in);
   const Dtype dtype = dtype_of(in.x.dtype());
-  return !gpu().on_tensor_cores({kind.format, dtype, dtype, s.M, s.N, s.K, kind.transpose},
-                                stream.device.index);
+  return gpu().decodes_first({kind.format, dtype, dtype, s.M, s.N, s.K, kind.transpose},
+                             stream.device.index);
 }
 
 mx::array decoded_product(const ProductKind& kind, const ProductInputs& in,

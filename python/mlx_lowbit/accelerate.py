@@ -104,12 +104,13 @@ def accelerate(
 
     On a GPU, where a decode step costs more for each operation than for its arithmetic, layers that
     are called with the same x compute one product: ``q_proj``, ``k_proj`` and ``v_proj`` of a
-    parent, ``gate_proj`` and ``up_proj``, and some others, as far as they are stored in the same
-    format. Their parameters are evaluated and become slices of one array: same names, shapes, bits
-    and files, no second copy, except where other code holds on to the former arrays. A layer whose
-    parameters change later (loading, casting, training, in place as well), or which is called with
-    another x, computes its own product, and soon all of its group do, until accelerate is called
-    again. Results do not depend on it beyond the rounding of float32 sums.
+    parent, ``gate_proj`` and ``up_proj`` (those of experts too, with the same choice of experts),
+    and some others, as far as they are stored in the same format. Their parameters are evaluated
+    and become slices of one array: same names, shapes, bits and files, no second copy, except where
+    other code holds on to the former arrays. A layer whose parameters change later (loading,
+    casting, training, in place as well), or which is called with another x, computes its own
+    product, and soon all of its group do, until accelerate is called again. Results do not depend
+    on it beyond the rounding of float32 sums.
 
     For the same reason, what a transformer block of a known class (Llama's and Mistral's in mlx-lm)
     computes for one token before and after its attention is compiled, with the bits of the block's

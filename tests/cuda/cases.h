@@ -1,6 +1,7 @@
 // What is multiplied: cases, their operands and their expected results.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -20,6 +21,7 @@ struct Case {
   bool global_x, global_w;
   bool specials;  // a NaN in one row of x, an infinity in another
   bool offset;    // operands begin one element after an aligned address
+  bool in_order;  // pair i is row i of x, by matrix of w
 
   const FormatInfo& info() const { return kFormats[int(format)]; }
   int64_t stored_rows() const { return transpose ? N : K; }
@@ -35,7 +37,7 @@ struct Case {
            number("N", N) + number("K", K) + number("pairs", pairs) +
            number("scales", int(scale_type)) + number("bias", bias ? int(*bias) : -1) +
            number("global", global_w) + number("specials", specials) +
-           number("offset", offset) + number("id", id);
+           number("offset", offset) + number("in_order", in_order) + number("id", id);
   }
 };
 
@@ -104,10 +106,12 @@ inline Operands make_operands(const Case& c) {
   if (c.global_w)
     for (int64_t i = 0; i < (c.id % 2 ? matrices : 1); i++) o.global_w.push_back(global());
   for (int64_t i = 0; i < c.pairs; i++) {
-    o.lhs.push_back(random.below(c.x_matrices));
+    o.lhs.push_back(c.in_order ? i : random.below(c.x_matrices));
     o.rhs.push_back(random.below(c.w_matrices));
   }
-  if (c.pairs > 4) {  // indices that no matrix has
+  if (c.in_order) {
+    std::sort(o.rhs.begin(), o.rhs.end());
+  } else if (c.pairs > 4) {  // indices that no matrix has
     o.rhs[1] = c.w_matrices;
     o.rhs[2] = -1;
     o.lhs[3] = c.x_matrices;
@@ -176,17 +180,27 @@ inline constexpr Shape kShapes[] = {
     {13, 33, 224},   {16, 96, 2048}, {17, 257, 416},   {24, 100, 1504}, {31, 48, 288},
     {32, 128, 1024}, {33, 40, 544},  {64, 64, 64},     {65, 130, 352},  {100, 72, 1248},
     {128, 256, 512}, {129, 136, 48}, {200, 300, 1000}, {256, 64, 320},  {300, 200, 480},
+    {14, 200, 4160},
 };
 inline constexpr Shape kQuickShapes[] = {{1, 65, 288},  {6, 40, 1056}, {12, 136, 1536},
                                          {25, 72, 864}, {70, 72, 288}, {70, 136, 1536}};
 
-// (pairs, M of a pair, matrices of x, matrices of w, N, K)
 struct GatherShape {
   int64_t pairs, M, x_matrices, w_matrices, N, K;
+  bool in_order = false;
 };
 inline constexpr GatherShape kGatherShapes[] = {
-    {1, 1, 1, 3, 64, 512},  {24, 1, 3, 8, 72, 288}, {9, 1, 9, 5, 33, 1056},
-    {40, 1, 40, 4, 96, 96}, {6, 20, 6, 5, 40, 160}, {7, 70, 3, 4, 130, 352},
+    {1, 1, 1, 3, 64, 512},
+    {24, 1, 3, 8, 72, 288},
+    {9, 1, 9, 5, 33, 1056},
+    {40, 1, 40, 4, 96, 96},
+    {6, 20, 6, 5, 40, 160},
+    {7, 70, 3, 4, 130, 352},
+    {90, 1, 90, 7, 40, 320, true},
+    {32, 1, 4, 3, 200, 4096},
+    {700, 1, 700, 2, 136, 160, true},
+    {5000, 1, 1500, 17, 24, 96},
+    {4500, 1, 4500, 16, 24, 64, true},
 };
 
 // Every case that some kernel is asked for; ids are stable for a given selection.
@@ -197,8 +211,8 @@ inline std::vector<Case> product_cases(bool quick) {
                        const GatherShape* g, bool specials) {
     const FormatInfo& f = kFormats[int(format)];
     const int id = int(cases.size());
-    Case c{id, format, dtype, transpose, quantize_x, s.M, s.N,      s.K,        0,
-           1,  1,      {},    {},        {},         {},  specials, id % 5 == 4};
+    Case c{id, format, dtype,    transpose,   quantize_x,      s.M, s.N, s.K, 0, 1, 1, {}, {},
+           {}, {},     specials, id % 5 == 4, g && g->in_order};
     (transpose ? c.K : c.N) = round_up(transpose ? s.K : s.N, f.group_size);
     if (!transpose && s.K > 32) c.K += id % 7;
     if (g) c.pairs = g->pairs, c.x_matrices = g->x_matrices, c.w_matrices = g->w_matrices;

@@ -12,7 +12,7 @@ def count(monkeypatch):
     """The products that ran, by op."""
     calls = []
     ops = sys.modules["mlx_lowbit.ops"]
-    for name in ("quantized_matmul", "qqmm"):
+    for name in ("quantized_matmul", "qqmm", "gather_qmm", "gather_qqmm"):
         own = getattr(ops, name)
         monkeypatch.setattr(
             ops, name, lambda *a, own=own, name=name, **k: (calls.append(name), own(*a, **k))[1]

@@ -28,13 +28,15 @@ class SwitchProduct(LowbitLayer):
     """One matrix of a stack [E, N, K] for every row of x, chosen by index; x is left as it is."""
 
     __slots__ = ()
+    _seat = None
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """The product of each row with the matrix its index names: :func:`mlx_lowbit.gather_qmm`.
 
         x [..., 1, K] and indices [...] into E, which broadcast against each other -> [..., 1, N].
         """
-
+        if (part := self._shared(x, indices, sorted_indices)) is not None:
+            return part
         return ops.gather_qmm(
             x,
             self["weight"],
@@ -46,6 +48,12 @@ class SwitchProduct(LowbitLayer):
             global_scale=stored_global_scale(self),
             **quantization(self),
         )
+
+    def _shared(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array | None:
+        """This layer's part of a product that it shares, or None."""
+        if self._seat is None:
+            return None
+        return self._seat.product(self, x, indices, sorted_indices=sorted_indices)
 
     def _extra_repr(self) -> str:
         # mlx.nn.quantize leaves None here where it was called with the mode's defaults.
@@ -113,7 +121,8 @@ class QQSwitchProduct(SwitchProduct):
 
         x [..., 1, K] and indices [...] into E, which broadcast against each other -> [..., 1, N].
         """
-
+        if (part := self._shared(x, indices, sorted_indices)) is not None:
+            return part
         return ops.gather_qqmm(
             x,
             self["weight"],

@@ -5,6 +5,12 @@ Layers that are called with the same x therefore keep their rows in one array; t
 computes the product with all of it, and the others take their columns. Each layer still holds its
 own parameters, which are slices of that array: names, shapes, files and other readers see no
 difference, and a second copy of the weights does not exist.
+
+Of experts, stacks [E, N, K] that are called with the same x and indices, one stack keeps all
+matrices, each layer's after those of the layer before. The product takes every index once for each
+layer. Slices and results are whole blocks of memory in row order then, so nothing copies them; rows
+of gate and up side by side, as [E, 2 N, K], would leave slices that every other reader has to copy.
+An index out of range, which makes NaN of a product, still does so for one of the layers at least.
 """
 
 from __future__ import annotations
@@ -18,10 +24,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
+import numpy as np
 
 from .. import _ext, ops
-from .layer import SEAT
-from .qqlinear import QQLinear
+from .experts import QQSwitchProduct, SwitchProduct
+from .layer import SEAT, stored_global_scale
+from .qqlinear import QQLinear, global_scales
 from .quantized import QuantizedLinear
 
 # Names of layers in mlx-lm's models that are called with the same x, and the number of rows of x up
@@ -39,7 +47,13 @@ KNOWN: tuple[tuple[tuple[str, ...], int], ...] = (
 # Which op computes the product of a class. A class that extends one of these is left alone, since
 # it may call its product with another x.
 _OPS = {QuantizedLinear: "quantized_matmul", QQLinear: "qqmm"}
-_ARRAYS = ("weight", "scales", "biases", "bias")
+# The same for stacks, whose classes are joined from one of these and from that of a model package.
+_STACK_OPS = {SwitchProduct: "gather_qmm", QQSwitchProduct: "gather_qqmm"}
+_ARRAYS = ("weight", "scales", "biases", "bias", "global_scale")
+# Up to so many rows of x for each matrix of a layer, one product serves layers of experts. For more
+# the kernels read x in tiles, and where its rows are sorted by expert already, as mlx-lm has them
+# then, two products read x itself, while one would first copy it for each layer.
+_ROWS_OF_MATRIX = 8
 # Slices begin at multiples of this many bytes, as arrays of their own do, for vector loads.
 _ALIGNMENT = 16
 # Products in a row that not every layer took its part of, before the layers go separate ways.
@@ -57,16 +71,17 @@ class Merged(NamedTuple):
 class _Pending:
     """A product whose parts are being fetched; it ends with the Python object that was x."""
 
-    __slots__ = ("left", "parts", "watch", "x")
+    __slots__ = ("indices", "left", "parts", "watch", "x")
 
-    def __init__(self, x: mx.array, parts: list[mx.array]) -> None:
+    def __init__(self, x: mx.array, indices: mx.array | None, parts: list[mx.array]) -> None:
         self.parts: list[mx.array | None] = parts
         self.left = len(parts)
         self.x: mx.array | None = _ext.same_array(x)
+        self.indices = None if indices is None else _ext.same_array(indices)
         self.watch = weakref.ref(x, self.drop)
 
     def drop(self, _: Any) -> None:
-        self.x, self.parts = None, []
+        self.x, self.indices, self.parts = None, None, []
 
 
 class _Thread(threading.local):
@@ -78,18 +93,18 @@ class Siblings:
 
     Attributes:
         operands: keywords of the op besides x: the merged arrays, the format; None once dissolved.
-        limit: the number of elements of x up to which the product is shared.
+        limit: the number of elements of x (of indices) up to which the product is shared.
+        bounds: where, in the merged arrays, the layers but the first begin.
     """
 
-    def __init__(self, op: str, operands: dict[str, Any], rows: int, bounds: list[int]) -> None:
+    def __init__(self, op: str, operands: dict[str, Any], limit: int, bounds: list[int]) -> None:
         self.op = op
         self.operands: dict[str, Any] | None = operands
         self.bounds = bounds
+        self.limit = limit
         self.seats: list[Seat] = []
         self.wasted = 0
         self.thread = _Thread()
-        scales, group_size = operands["scales"], operands["group_size"]
-        self.limit = rows * scales.shape[-1] * group_size
 
     def dissolve(self) -> None:
         """Let go of the merged arrays; the layers compute their own products from now on."""
@@ -104,6 +119,39 @@ class Siblings:
         if operands is None or not isinstance(x, mx.array) or x.size > self.limit:
             return None
         return mx.split(getattr(ops, self.op)(x, **operands), self.bounds, -1)
+
+
+class StackSiblings(Siblings):
+    """The same for layers of experts."""
+
+    def __init__(self, op: str, operands: dict[str, Any], limit: int, bounds: list[int]) -> None:
+        super().__init__(op, operands, limit, bounds)
+        self._starts: dict[int, mx.array] = {}
+
+    def parts(self, x: mx.array, indices: mx.array, **more: Any) -> list[mx.array] | None:
+        """The product with x and these indices for every layer, or None."""
+        operands = self.operands
+        if operands is None or not (isinstance(x, mx.array) and isinstance(indices, mx.array)):
+            return None
+        if indices.size > self.limit or not mx.issubdtype(indices.dtype, mx.integer):
+            return None
+        # One dimension before those of the pairs of x and indices.
+        starts = self.starts(max(x.ndim - 2, indices.ndim))
+        try:
+            y = getattr(ops, self.op)(x, rhs_indices=indices + starts, **more, **operands)
+        except ValueError:
+            return None  # the layer's own product says of its own arguments what is wrong
+        return [part.squeeze(0) for part in mx.split(y, len(self.bounds) + 1)]
+
+    def starts(self, dims: int) -> mx.array:
+        """Where the layers begin, int64 [layers, 1, ...] with ``dims`` ones.
+
+        Its values are there at once, so that no trace of MLX's takes it for one of its nodes.
+        """
+        if dims not in self._starts:
+            firsts = np.array([0, *self.bounds], np.int64)
+            self._starts[dims] = mx.array(firsts.reshape(-1, *[1] * dims))
+        return self._starts[dims]
 
 
 class Seat:
@@ -121,21 +169,30 @@ class Seat:
         held = (layer.get(name) for name in _ARRAYS)
         self.held = tuple(None if a is None else _ext.same_array(a) for a in held)
 
-    def product(self, layer: mlx_nn.Module, x: mx.array) -> mx.array | None:
+    def product(
+        self, layer: mlx_nn.Module, x: mx.array, *indices: mx.array, **more: Any
+    ) -> mx.array | None:
         """The layer's part of a product with x, or None: the layer then computes its own.
 
         Parameters other than those that were merged end the group, unless they are a tracer's.
+
+        Args:
+            indices: those of experts, one array; ``more``: further keywords of their op.
         """
         siblings = self.siblings
         if siblings is None:
             vars(layer).pop(SEAT, None)
             return None
-        get, (weight, scales, biases, bias) = layer.get, self.held
-        own = get("weight"), weight, get("scales"), scales, get("biases"), biases, get("bias"), bias
+        get, (weight, scales, biases, bias, scale) = layer.get, self.held
+        own = (
+            get("weight"), weight, get("scales"), scales, get("biases"), biases, get("bias"), bias,
+            get("global_scale"), scale,
+        )  # fmt: skip
         thread = siblings.thread
         pending = thread.pending
         taken = None if pending is None else pending.parts  # which `drop` may replace
-        if taken and _ext.same_arrays(x, pending.x, *own):
+        at = indices[0] if indices else None
+        if taken and _ext.same_arrays(x, pending.x, at, pending.indices, *own):
             part, taken[self.index] = taken[self.index], None
             if part is not None:
                 pending.left -= 1
@@ -146,7 +203,7 @@ class Seat:
             if not any(isinstance(a, mx.array) and _ext.is_tracer(a) for a in own):
                 siblings.dissolve()  # a transformation would put the former ones back
             return None
-        parts = siblings.parts(x)
+        parts = siblings.parts(x, *indices, **more)
         if parts is None:
             return None
         if pending is not None:
@@ -154,7 +211,7 @@ class Seat:
             if siblings.wasted >= _PATIENCE:
                 siblings.dissolve()
         part, parts[self.index] = parts[self.index], None
-        thread.pending = pending = _Pending(x, parts)
+        thread.pending = pending = _Pending(x, at, parts)
         pending.left -= 1
         return part
 
@@ -179,7 +236,7 @@ def merge_model(modules: Iterable[tuple[str, mlx_nn.Module]]) -> list[Merged]:
             alike: dict[tuple[Any, ...], list[str]] = {}
             for name in known:
                 layer = parent.get(name)
-                if type(layer) in _OPS and holders[id(layer)] == 1 and not _seated(layer):
+                if _op(layer) is not None and holders[id(layer)] == 1 and not _seated(layer):
                     alike.setdefault(_storage(layer), []).append(name)
             for key, names in alike.items():
                 if len(names) > 1 and key[0] is not None and _aligned([parent[n] for n in names]):
@@ -211,19 +268,31 @@ def _seated(layer: mlx_nn.Module) -> bool:
     return seat is not None and seat.siblings is not None
 
 
+def _op(layer: mlx_nn.Module | None) -> str | None:
+    """The op of ``layer``, or None where its class is not exactly one of ours."""
+    cls = type(layer)
+    joined = len(cls.__bases__) == 2 and "__call__" not in vars(cls)
+    return _OPS.get(cls) or (_STACK_OPS.get(cls.__bases__[0]) if joined else None)
+
+
+def _stacked(layer: mlx_nn.Module) -> bool:
+    return isinstance(layer, SwitchProduct)
+
+
 def _storage(layer: mlx_nn.Module) -> tuple[Any, ...]:
     """What layers must have in common; the first entry is None if ``layer`` cannot be merged."""
-    arrays = [layer.get(name) for name in _ARRAYS]
-    mergeable = arrays[0].ndim == 2 and layer.get("global_scale") is None
+    arrays, stacked = [layer.get(name) for name in _ARRAYS], _stacked(layer)
+    mergeable = stacked or (arrays[0].ndim == 2 and layer.get("global_scale") is None)
     return (
         type(layer) if mergeable else None,
         (layer.mode, layer.bits, layer.group_size),
-        *(None if a is None else (a.dtype, a.shape[1:]) for a in arrays),
+        *(None if a is None else (a.dtype, a.shape[not stacked :]) for a in arrays),
     )
 
 
 def _aligned(layers: list[mlx_nn.Module]) -> bool:
-    arrays = (layer.get(name) for layer in layers[:-1] for name in _ARRAYS)
+    # Global scales are read one by one.
+    arrays = (layer.get(name) for layer in layers[:-1] for name in _ARRAYS[:-1])
     return all(a is None or a.nbytes % _ALIGNMENT == 0 for a in arrays)
 
 
@@ -248,8 +317,16 @@ def _merge(layers: list[mlx_nn.Module], rows: int) -> int:
     mx.eval([layer[name] for layer in layers for name in whole])
     mx.clear_cache()
     operands = {"w" if name == "weight" else name: array for name, array in whole.items()}
-    settings = {"mode": first.mode, "bits": first.bits, "group_size": first.group_size}
-    siblings = Siblings(_OPS[type(first)], {**operands, **settings}, rows, ends[:-1])
+    operands |= {"mode": first.mode, "bits": first.bits, "group_size": first.group_size}
+    op, bounds = _op(first), ends[:-1]
+    if _stacked(first):
+        scale = stored_global_scale(operands)
+        operands.pop("global_scale", None)
+        operands |= global_scales(scale) if op == "gather_qqmm" else {"global_scale": scale}
+        siblings = StackSiblings(op, operands, _ROWS_OF_MATRIX * ends[0], bounds)
+    else:
+        limit = rows * first["scales"].shape[-1] * first.group_size
+        siblings = Siblings(op, operands, limit, bounds)
     siblings.seats = [Seat(siblings, index, layer) for index, layer in enumerate(layers)]
     for layer, seat in zip(layers, siblings.seats, strict=True):
         setattr(layer, SEAT, seat)
