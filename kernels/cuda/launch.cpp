@@ -254,7 +254,7 @@ const void* rows(const mx::array& x, EncoderQueue& queue) {
   const void* from = queue.input<void>(x);
   if (x.flags().row_contiguous) return from;
   Strided a{};
-  for (int d = 0; d < x.ndim(); d++) {
+  for (int d = 0; d < int(x.ndim()); d++) {
     if (x.shape(d) == 1) continue;
     // Dimensions that one stride spans are one.
     if (a.dims > 0 && a.strides[a.dims - 1] == x.strides(d) * x.shape(d)) {
@@ -328,10 +328,6 @@ bool on_tensor_cores(const Problem& problem, int index) {
   return plan(problem, device(index)).kernel != Plan::Kernel::simt;
 }
 
-bool decodes_first(const Problem& problem, int index) {
-  return cuda::decodes_first(problem, device(index));
-}
-
 std::string explain(const Problem& problem, int index) {
   const Device& d = device(index);
   return describe(problem, plan(problem, d), d);
@@ -352,7 +348,10 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,
       .on_tensor_cores = cuda::on_tensor_cores,
-      .decodes_first = cuda::decodes_first,
+      .decodes_first =
+          [](const Problem& problem, int index) {
+            return cuda::decodes_first(problem, cuda::device(index));
+          },
       .explain = cuda::explain,
   };
   return &backend;
