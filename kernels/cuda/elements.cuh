@@ -213,19 +213,20 @@ struct Eight<E2m1> {
       out[i] = from_bits((size & 0x01c00000u) | sign) * from_bits(0x7e800000u);
     }
   }
-  // Below 1 codes are multiples of 1/2, which adding 2^22 rounds to; from 1 on they are the
-  // exponent and one mantissa bit of the float32.
+  // Let p = 2^e be the power of two below x, at least 1. Codes are p / 2 apart there, of
+  // which p holds two, and of 2^22 p the last place is p / 2: adding 2^22 p + e p rounds x and
+  // leaves its code in the low bits.
   static __device__ __forceinline__ void encode(const float (&x)[8], uint32_t (&out)[1]) {
-    uint32_t codes = 0, signs = 0;
+    uint32_t half[2] = {}, signs = 0;
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
       const float a = fminf(magnitude(x[i]), E2m1::kMax);  // 6 of NaN
-      const uint32_t bits = to_bits(a);
-      const uint32_t low = to_bits(__fadd_rn(a, 4194304.0f)) - to_bits(4194304.0f);
-      const uint32_t high = ((bits + 0x1fffffu + (bits >> 22 & 1u)) >> 22) - 252u;
-      codes = codes * 16u + (a < 1.0f ? low : high);
+      const uint32_t power = to_bits(fmaxf(a, 1.0f)) & 0x7f800000u;
+      const float magic = from_bits(power + (power >> 22) + ((22u << 23) - 254u));
+      half[i / 4] = half[i / 4] * 16u + to_bits(__fadd_rn(a, magic));  // rest from bit 23 on
       signs = __funnelshift_l(to_bits(x[i]), signs, 4);
     }
+    const uint32_t codes = __byte_perm(half[0], half[1], 0x5410);
     out[0] = codes | (signs & 0x88888888u);
   }
 };

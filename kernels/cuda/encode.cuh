@@ -1,6 +1,6 @@
 // What quantize computes for 16 consecutive elements, bit for bit what mx.quantize computes on
-// a GPU (elements.cuh): divisions as refined products with the inverse of the group's scale,
-// since IEEE division of every element takes longer than memory does.
+// a GPU (elements.cuh): divisions as products with the inverse of the group's scale, in two
+// parts, since IEEE division of every element takes longer than memory does.
 #pragma once
 
 #include "elements.cuh"
@@ -103,15 +103,20 @@ struct Sixteen {
   }
 };
 
-// x / y, given RN(1 / y): two steps of refinement, of which the second rounds correctly (the
-// first quotient is within 2 units in the last place, the second within one). Neither may leave
-// the range of normal floats, but where x is so small that the remainder does, the quotient is
-// far below what any code stands for.
-__device__ __forceinline__ float divide(float x, float y, float inverse) {
-  float q = __fmul_rn(x, inverse);
-  q = __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
-  return __fmaf_rn(__fmaf_rn(-y, q, x), inverse, q);
-}
+// Quotients by y, 2^-25 <= y < 2^100, from the two parts of its inverse. They are x / y to
+// 2^-24 of a last place before the one rounding: not always IEEE's, but above and below the
+// halves of integers up to 255 together with IEEE's (tests/cuda asks for every mantissa of y).
+struct Divisor {
+  float high, low;
+
+  explicit __device__ __forceinline__ Divisor(float y) {
+    high = __frcp_rn(y);
+    low = __fmul_rn(__fmaf_rn(-y, high, 1.0f), high);
+  }
+  __device__ __forceinline__ float divide(float x) const {
+    return __fmaf_rn(x, high, __fmul_rn(x, low));
+  }
+};
 
 // How MLX rounds on a GPU.
 struct FromZero {
@@ -127,13 +132,13 @@ __device__ __forceinline__ Packed<F::kBits> encode_affine(const float (&x)[16],
   constexpr int B = F::kBits;
   constexpr float kSteps = float((1 << B) - 1), kToInteger = 12582912.0f;  // 1.5 * 2^23
   Packed<B> out;
-  const float inverse = __frcp_rn(group.scale);
+  const Divisor scale(group.scale);
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {
     uint32_t codes = 0;
 #pragma unroll
     for (int j = 3; j >= 0; j--) {
-      const float q = divide(__fsub_rn(x[i + j], group.bias), group.scale, inverse);
+      const float q = scale.divide(__fsub_rn(x[i + j], group.bias));
       const float up = __fadd_rz(fminf(q, kSteps), 0.5f);
       codes = (codes << B) + to_bits(__fadd_rz(up, kToInteger));  // in the low bits
     }

@@ -17,13 +17,12 @@ struct QuantizeArgs {
   uint8_t* codes;
   void* scales;
   void* biases;
-  int64_t units;  // of 16 elements
-  int lanes;      // units of a group
-  bool vectors;   // w begins at a multiple of 16 bytes
+  int64_t units;    // of 16 elements
+  int group_shift;  // units of a group, as a power of two
+  bool vectors;     // w begins at a multiple of 16 bytes
 };
 
-// 16 elements of a group where a quotient's refinement would overflow: rare, and small in
-// registers.
+// 16 elements of a group whose scale has no inverse in two parts: rare, and small in registers.
 template <class F>
 __device__ __noinline__ void encode_huge(const float* x, typename F::Group group,
                                          uint8_t* codes, int64_t unit) {
@@ -38,7 +37,7 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
                                                 int64_t unit) {
   float low, high;
   w.range(low, high);
-  for (int lanes = 1; lanes < a.lanes; lanes *= 2) {
+  for (int lanes = 1; lanes >> a.group_shift == 0; lanes *= 2) {
     low = least(low, __shfl_xor_sync(0xffffffffu, low, lanes));
     high = most(high, __shfl_xor_sync(0xffffffffu, high, lanes));
   }
@@ -54,9 +53,10 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   } else {
     encode_affine<F>(x, group).store(a.codes, unit);
   }
-  if (unit % a.lanes != 0) return;
-  store_float(a.scales, unit / a.lanes, group.scale, dtype);
-  store_float(a.biases, unit / a.lanes, group.bias, dtype);
+  const int64_t index = unit >> a.group_shift;
+  if (index << a.group_shift != unit) return;
+  store_float(a.scales, index, group.scale, dtype);
+  store_float(a.biases, index, group.bias, dtype);
 }
 
 // Bits of the largest magnitude of a group, NaN's if it has one; this lane has 16 elements.
@@ -198,6 +198,13 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgs a) 
   }
 }
 
+// The logarithm of a power of two.
+int shift_of(int power) {
+  int shift = 0;
+  while (1 << shift < power) shift++;
+  return shift;
+}
+
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 dim3 blocks_for(int64_t units, int of_block) {
@@ -227,9 +234,9 @@ void quantize(Format format, const void* w, Dtype dtype, int64_t groups,
               const float* global_scale, uint8_t* codes, void* scales, void* biases,
               Queue& queue) {
   if (groups == 0) return;
-  const int lanes = kFormats[int(format)].group_size / 16;
-  const QuantizeArgs a{w,      global_scale,   codes, scales,
-                       biases, groups * lanes, lanes, aligned(w)};
+  const int shift = shift_of(kFormats[int(format)].group_size / 16);
+  const QuantizeArgs a{w,      global_scale,    codes, scales,
+                       biases, groups << shift, shift, aligned(w)};
   switch (format) {
 #define FORMAT(name, cpp_type, mode, bits, group, judged) \
   case Format::name:                                      \
@@ -258,9 +265,8 @@ void dequantize(Format format, const Weights& w, const float* global_scale, void
                 Dtype dtype, Queue& queue) {
   const int64_t units = w.matrices * w.rows * w.columns / unit_of(dtype);
   if (units == 0) return;
-  int unit_shift = 0;
-  while (unit_of(dtype) << unit_shift < w.group_size) unit_shift++;
-  const DequantizeArgs a{w, global_scale, out, units, unit_shift, aligned(out)};
+  const DequantizeArgs a{
+      w, global_scale, out, units, shift_of(w.group_size / unit_of(dtype)), aligned(out)};
   switch (format) {
 #define FORMAT(name, cpp_type, mode, bits, group, judged) \
   case Format::name:                                      \

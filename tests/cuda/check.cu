@@ -331,6 +331,9 @@ bool check_quantize(Bench& bench, unsigned threads) {
   codes("e4m3", E4m3{});
   codes("3 bits", Unsigned<3>{});
   codes("8 bits", Unsigned<8>{});
+  const uint64_t wrong = wrong_quotients(bench.queue, bench.memory, bench.options.quick);
+  std::printf("quotients  %llu differ\n", (unsigned long long)wrong);
+  good &= wrong == 0;
   return good && encoded.cases > 0;
 }
 

@@ -1,11 +1,20 @@
 // The short forms of elements.cuh against kernels/formats (decoding) and encode_element: every
-// code, every float32 but NaN.
+// code, every float32 but NaN. Quotients of encode.cuh against IEEE division, where it matters
+// on which side of 1/2, 3/2, ... 511/2 they are: all mantissas of the divisor.
 #pragma once
 
-#include "cuda/elements.cuh"
+#include "cuda/encode.cuh"
 #include "device_memory.h"
 
 namespace lowbit::check {
+
+inline uint64_t fetch_count(const unsigned long long* count, StreamQueue& queue,
+                            DeviceMemory& memory) {
+  std::vector<uint8_t> out(8);
+  memory.fetch(count, out, queue.stream());
+  memory.reset();
+  return *reinterpret_cast<const uint64_t*>(out.data());
+}
 
 // Counts the differences among floats 0, stride, 2 * stride, ... of which there are `count`,
 // each in one of eight places, with others around it.
@@ -44,6 +53,34 @@ __global__ void compare_decoders(unsigned long long* wrong) {
   }
 }
 
+// Divisors with mantissa 0, stride, 2 * stride, ... and `exponent`; for each the x whose
+// quotients are nearest to the half.
+__global__ void compare_quotients(uint32_t stride, int exponent, unsigned long long* wrong) {
+  const uint32_t mantissa = (blockIdx.x * 256 + threadIdx.x) * stride;
+  if (mantissa >= 1u << 23) return;
+  const float y = from_bits(uint32_t(exponent + 127) << 23 | mantissa);
+  const cuda::Divisor divisor(y);
+  uint32_t count = 0;
+  for (int k = 0; k < 256; k++) {
+    const float half = float(k) + 0.5f;
+    const uint32_t near = to_bits(__fmul_rn(half, y));
+    for (uint32_t i = 0; i < 7; i++) {
+      const float x = from_bits(near - 3 + i);
+      count += (divisor.divide(x) >= half) != (__fdiv_rn(x, y) >= half);
+    }
+  }
+  if (count > 0) atomicAdd(wrong, (unsigned long long)count);
+}
+
+inline uint64_t wrong_quotients(StreamQueue& queue, DeviceMemory& memory, bool quick) {
+  auto* wrong = memory.copy(std::vector<unsigned long long>{0}, 0, queue.stream());
+  const uint32_t stride = quick ? 65521 : 1;
+  for (const int exponent : {-25, -1, 0, 99})
+    queue.run(compare_quotients, dim3(((1u << 23) / stride + 256) / 256), dim3(256), 0, 1,
+              stride, exponent, wrong);
+  return fetch_count(wrong, queue, memory);
+}
+
 template <class Code>
 uint64_t differences(StreamQueue& queue, DeviceMemory& memory, bool quick) {
   auto* wrong = memory.copy(std::vector<unsigned long long>{0}, 0, queue.stream());
@@ -54,10 +91,7 @@ uint64_t differences(StreamQueue& queue, DeviceMemory& memory, bool quick) {
     queue.run(compare_encoders<Code>, dim3(unsigned((count + 255) / 256)), dim3(256), 0, 1,
               count, stride, wrong);
   }
-  std::vector<uint8_t> out(8);
-  memory.fetch(wrong, out, queue.stream());
-  memory.reset();
-  return *reinterpret_cast<const uint64_t*>(out.data());
+  return fetch_count(wrong, queue, memory);
 }
 
 }  // namespace lowbit::check
