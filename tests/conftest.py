@@ -81,7 +81,11 @@ SEED = pytest.StashKey[int]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--backend") == "cpu":
         return
-    left = [item for item in items if item.path.as_posix().endswith(CPU_ONLY)]
+    left = [
+        item
+        for item in items
+        if item.get_closest_marker("cpu") or item.path.as_posix().endswith(CPU_ONLY)
+    ]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
 

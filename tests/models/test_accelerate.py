@@ -113,6 +113,7 @@ def test_frozen_parameters_stay_frozen():
     assert "scales" in after[0] and "scales" not in after[1]
 
 
+@pytest.mark.cpu
 def test_dense_layers_on_the_cpu():
     model = mlx_nn.Sequential(*(mlx_nn.Linear(K, K) for _ in range(3)), mlx_nn.ReLU())
     model.layers[1].set_dtype(mx.bfloat16)
@@ -130,6 +131,7 @@ def test_dense_layers_on_the_cpu():
     assert np.array_equal(values(model(X)), before)
 
 
+@pytest.mark.cpu
 def test_dense_layers_of_another_dtype_are_left():
     model = mlx_nn.Sequential(mlx_nn.Linear(K, K))
     model.layers[0].weight = mx.zeros((K, K), mx.int8)
@@ -252,6 +254,7 @@ def test_only_modules(function, thing):
         function(thing)
 
 
+@pytest.mark.cpu
 def test_the_report_is_one_table():
     model = mlx_nn.Sequential(*(quantized() for _ in range(12)), Calls(K, K), mlx_nn.Linear(K, K))
     lines = str(accelerate(model)).splitlines()

@@ -128,7 +128,7 @@ def test_a_changed_parameter_is_noticed(change, name):
     twin = weakref.ref(group(model).operands["w"])
     model(X), change(model[name]), change(apart[name])
     same(model(X), apart(X))
-    assert twin() is None and not accelerate(model, merge=None).merged
+    assert twin() is None and not accelerate(model, merge=False).merged
     assert bool(accelerate(model, merge=True).merged) or change is cast
     same(model(X), apart(X))
 

@@ -59,6 +59,25 @@ def test_other_cases_use_float32_arithmetic(fmt, M, options):
     assert kernel == SIMT, words
 
 
+@pytest.mark.parametrize(
+    "M, of_x, options, decoded",
+    [
+        (1, BFLOAT16, {"transpose": False}, True),
+        (17, BFLOAT16, A100, True),
+        (17, FLOAT16, A100, None),
+        (17, FLOAT32, A100, False),
+        (16, BFLOAT16, A100, False),
+    ],
+    ids=["untransposed", "17 rows", "float16", "float32", "16 rows"],
+)
+@pytest.mark.parametrize("groups", [1, 32])
+def test_weights_are_decoded_first_where_that_pays(fmt, M, of_x, options, decoded, groups):
+    """None: unless a global scale may leave too little of them in float16."""
+    words, *_ = plan(fmt, M, 4096, groups * fmt.group_size, of_x, **options)
+    want = fmt.mode != "nvfp4" if decoded is None else decoded
+    assert ("then MLX's matmul" in words) == want, words
+
+
 @pytest.mark.parametrize("device", [H200, A100, RTX4090], ids=["H200", "A100", "4090"])
 @given(data=st.data())
 def test_every_problem_has_a_plan_that_fits(device, data):
@@ -97,6 +116,12 @@ def test_experts_are_read_once_for_many_rows(fmt, device, pairs, kernel, tokens,
     words, got, width, *_ = plan(fmt, 1, 1408, 2048, pairs=pairs, matrices=128, **device)
     assert got == kernel and how in words, words
     assert tokens is None or width == tokens
+
+
+@pytest.mark.parametrize("pairs, tokens", [(128 * 48, 64), (128 * 256, 288)])
+def test_experts_with_many_rows_take_the_widest_tile(fmt, pairs, tokens):
+    words, kernel, got, *_ = plan(fmt, 1, 1408, 4096, pairs=pairs, matrices=128)
+    assert (kernel, got) == (MATMUL, tokens), words
 
 
 def test_pairs_of_more_rows_than_a_tile_are_sorted(fmt):
