@@ -348,10 +348,8 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,
       .on_tensor_cores = cuda::on_tensor_cores,
-      .decodes_first =
-          [](const Problem& problem, int index) {
-            return cuda::decodes_first(problem, cuda::device(index));
-          },
+      .route = [](const Problem& problem,
+                  int index) { return cuda::route(problem, cuda::device(index)); },
       .explain = cuda::explain,
   };
   return &backend;

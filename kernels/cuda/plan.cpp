@@ -38,13 +38,15 @@ Plan plan(const Problem& asked, const Device& device) {
   return {Plan::Kernel::simt, 0, 0, 0, 0};
 }
 
-bool decodes_first(const Problem& p, const Device& device) {
-  if (p.dtype == Dtype::f32 || p.gather || p.quantize_x || p.format == Format::dense)
-    return false;
-  if (p.transpose && p.M <= 16) return false;
+Route route(const Problem& p, const Device& device) {
+  if (p.dtype == Dtype::f32 || p.gather || p.format == Format::dense) return Route::kernel;
+  if (p.transpose && p.M <= 16) return Route::kernel;
+  if (p.quantize_x && p.dtype != Dtype::bf16) return Route::kernel;
   // A global scale moves whole tensors below what float16 holds.
-  if (p.dtype == Dtype::f16 && p.format == Format::nvfp4) return false;
-  return plan(p, device).kernel == Plan::Kernel::simt;
+  if (p.dtype == Dtype::f16 && p.format == Format::nvfp4) return Route::kernel;
+  if (plan(p, device).kernel != Plan::Kernel::simt) return Route::kernel;
+  const bool vectors = p.K % 128 == 0 && p.N % 16 == 0;
+  return p.quantize_x && device.capability >= 100 && vectors ? Route::scaled : Route::decoded;
 }
 
 std::string describe(const Problem& p, const Plan& plan, const Device& device) {
@@ -61,10 +63,17 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
            << " rows of w a tile";
       break;
     case Plan::Kernel::simt:
-      if (decodes_first(p, device))
-        text << "weights decoded to " << name(p.dtype) << ", then MLX's matmul";
-      else
-        text << "cuda simt, float32 arithmetic";
+      switch (route(p, device)) {
+        case Route::kernel:
+          text << "cuda simt, float32 arithmetic";
+          break;
+        case Route::decoded:
+          text << (p.quantize_x ? "x quantized, it and " : "") << "weights decoded to "
+               << name(p.dtype) << ", then MLX's matmul";
+          break;
+        case Route::scaled:
+          text << "x quantized, then MLX's product of block-scaled operands (cuBLASLt)";
+      }
       break;
   }
   if (p.quantize_x && plan.kernel != Plan::Kernel::simt) text << ", after quantizing x";

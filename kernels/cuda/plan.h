@@ -32,9 +32,10 @@ constexpr bool groups(int64_t rows, int64_t matrices) {
 }
 
 Plan plan(const Problem&, const Device&);
-// Two-byte products without a kernel on tensor cores, when the weights had better be decoded
-// for cuBLAS: it takes some rows to be worth that, and weights that float16 holds.
-bool decodes_first(const Problem&, const Device&);
+// It takes some rows of x, and weights that float16 holds, to make decoding worth it. Block
+// scales are for cuBLASLt to multiply from compute capability 10 on, which takes no rows that
+// are not whole vectors.
+Route route(const Problem&, const Device&);
 std::string describe(const Problem&, const Plan&, const Device&);
 
 }  // namespace lowbit::cuda

@@ -46,8 +46,8 @@ struct Backend {
                             mx::Stream);
   // Whether the plan of a product on that device uses tensor cores.
   bool (*on_tensor_cores)(const Problem&, int device);
-  // Whether MLX had better multiply, after the weights are decoded.
-  bool (*decodes_first)(const Problem&, int device);
+  // Who multiplies on that device.
+  Route (*route)(const Problem&, int device);
   // The plan of a product on that device, in words.
   std::string (*explain)(const Problem&, int device);
 };

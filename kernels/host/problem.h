@@ -48,4 +48,14 @@ struct Problem {
   int64_t pairs = 0, matrices = 0;  // of a gather; matrices of w
 };
 
+// Who multiplies. Two-byte results that a GPU has no tensor-core kernel of ours for are left to
+// MLX: its matmul (cuBLAS) over decoded operands is several times faster than plain float32
+// arithmetic, and rounding weights once to the type of the result is within that type's bound;
+// with x quantized both operands are exact.
+enum class Route : int {
+  kernel,   // ours
+  decoded,  // MLX's matmul, after weights (and a quantized x) are decoded
+  scaled,   // MLX's product of operands with block scales
+};
+
 }  // namespace lowbit

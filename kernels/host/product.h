@@ -2,6 +2,7 @@
 // optionally quantized first, rows optionally paired with experts.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -75,6 +76,10 @@ struct ProductShape {
   int64_t x_matrices, w_matrices, pairs;
   static ProductShape of(const ProductKind&, const ProductInputs&);
 };
+
+// The product where the plan of a GPU leaves it to MLX, or nothing.
+std::optional<mx::array> product_by_mlx(const std::shared_ptr<Product>&, const ProductInputs&,
+                                        const mx::Shape& shape);
 
 Dtype dtype_of(mx::Dtype);  // float32, float16 or bfloat16
 

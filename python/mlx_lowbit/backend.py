@@ -8,6 +8,7 @@ from typing import Literal
 import mlx.core as mx
 
 from . import _load
+from .formats import Format
 
 __all__ = ["Backend", "get_backend", "missing_kernel", "reason_for_mlx", "set_backend"]
 
@@ -76,10 +77,32 @@ def missing_kernel(stream=None, missing_format: str | None = None) -> str | None
     return None if gpu is None else _load.missing_gpu_kernels(gpu)
 
 
-def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> str | None:
+def _not_measured(op: str, stream, fmt: Format | None, x, w) -> str | None:
+    """Why ``auto`` leaves a product on Metal to MLX: only measurement speaks for ours there."""
+    if _backend != "auto" or fmt is None or w is None or _gpu_index(stream) is None:
+        return None
+    if not mx.metal.is_available():
+        return None
+    from . import tune
+
+    rows = x.size // max(1, x.shape[-1])
+    of_op = {"gather_qmm": "quantized_matmul", "gather_qqmm": "qqmm"}.get(op, op)
+    weights = w.size * 32 // fmt.bits
+    return tune.read(tune.path(mx.Device(mx.gpu))).slower(of_op, fmt.name, rows, weights)
+
+
+def reason_for_mlx(
+    op: str,
+    stream=None,
+    missing_format: str | None = None,
+    fmt: Format | None = None,
+    x: mx.array | None = None,
+    w: mx.array | None = None,
+) -> str | None:
     """Why `op` must run on MLX's own op, or None when a kernel of ours will run.
 
-    With backend ``auto`` the first fall-back of each kind is announced by a warning.
+    With backend ``auto`` the first fall-back of each kind is announced by a warning. `fmt`, `x`
+    and `w` are of a product, whose size decides on Metal (:mod:`mlx_lowbit.tune`).
 
     Raises:
         RuntimeError: backend ``lowbit``, and no kernel of ours.
@@ -88,8 +111,9 @@ def reason_for_mlx(op: str, stream=None, missing_format: str | None = None) -> s
     if _backend == "mlx":
         return "set_backend('mlx') asks for it"
     reason = missing_kernel(stream, missing_format)
+    reason = reason or _not_measured(op, stream, fmt, x, w)
     if reason is None:
-        if stream is None:
+        if stream is None and not mx.metal.is_available():
             _settled = mx.default_device()
         return None
     if _backend == "lowbit":

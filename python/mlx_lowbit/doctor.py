@@ -8,8 +8,10 @@ import platform
 from collections.abc import Sequence
 
 import mlx.core as mx
+from tqdm import tqdm
 
-from . import _ext, _load
+from . import _ext, _load, backend, selftest, tune
+from .formats import FORMATS
 
 PACKAGES = ("mlx-lowbit", "mlx", "mlx-cuda-13", "mlx-cuda-12", "nanobind-backend", "mlx-lm")
 
@@ -67,24 +69,114 @@ def facts() -> list[tuple[str, str]]:
 
 def report() -> str:
     """The facts, one a line."""
-    rows = facts()
+    return lines_of(facts())
+
+
+def lines_of(rows: Sequence[tuple[str, str]]) -> str:
+    """Subjects and texts in two columns."""
     width = max(len(subject) for subject, _ in rows)
     return "\n".join(f"{subject:<{width}}  {text}" for subject, text in rows)
 
 
+def devices() -> list[mx.Device]:
+    """The CPU, and the GPU that MLX has here."""
+    gpu = mx.metal.is_available() or mx.cuda.is_available()
+    return [mx.Device(mx.cpu)] + ([mx.Device(mx.gpu)] if gpu else [])
+
+
+def self_test(device: mx.Device) -> tuple[bool, list[str]]:
+    """Whether every op that has a kernel of ours on `device` is right, and what to say of it.
+
+    Runs :mod:`mlx_lowbit.selftest`; one line for each op, and one for each kind of failure.
+    """
+    reason = backend.missing_kernel(device)
+    if reason is not None:
+        return True, [f"not run: {reason}"]
+    with mx.stream(device):
+        results = list(tqdm(selftest.run(), desc=f"self-test {device}", leave=False, disable=None))
+    lines = []
+    for op in dict.fromkeys(result.op for result in results):
+        of_op = [result for result in results if result.op == op]
+        right = sum(result.ok for result in of_op)
+        shares = [result.error / result.bound for result in of_op if not result.reason]
+        worst = f", worst {max(shares):.2f} of its bound" if shares else ""
+        lines.append(f"{op}: {right} of {len(of_op)} right{worst}")
+    failed = [result for result in results if not result.ok]
+    for why in dict.fromkeys(r.reason or "beyond its bound" for r in failed):
+        cases = [r for r in failed if (r.reason or "beyond its bound") == why]
+        where = ", ".join(f"{r.op} {r.format} {r.dtype}" for r in cases[:4])
+        more = f" and {len(cases) - 4} more" if len(cases) > 4 else ""
+        lines.append(f"FAILED {where}{more}: {why}")
+    return not failed, lines
+
+
+def tuned(device: mx.Device) -> str:
+    """What is measured of `device`."""
+    file = tune.path(device)
+    count = sum(len(rows) for rows in tune.read(file).rows.values())
+    return f"{count} cases measured ({file})" if count else "not measured: --tune does"
+
+
+def examination() -> tuple[bool, list[tuple[str, str]]]:
+    """Whether all self-tests passed, and the facts with their outcome."""
+    rows, good = facts(), True
+    for device in devices():
+        right, lines = self_test(device)
+        good &= right
+        rows += [(f"self-test {device.type.name}", line) for line in lines]
+        rows.append((f"measured {device.type.name}", tuned(device)))
+    return good, rows
+
+
+def tune_device(device: mx.Device, formats: Sequence[str]) -> str:
+    """Times ours and MLX's on `device`, keeps the figures, and returns them in columns."""
+    chosen = [f for f in FORMATS if f.name in formats] if formats else None
+    measured = []
+    with mx.stream(device):
+        for row in tqdm(tune.measure(chosen), desc="tune", unit=" cases", disable=None):
+            measured.append(row)
+    if not measured:
+        return f"nothing to measure on {device}: {backend.missing_kernel(device)}"
+    return f"{tune.table(measured)}\n{tune.write(measured, device)}"
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """The command line: no options yet."""
-    return argparse.ArgumentParser(
+    """The command line."""
+    parser = argparse.ArgumentParser(
         prog="mlx_lowbit.doctor",
         description="Prints versions and devices, and why kernels are not used where they are not.",
     )
+    parser.add_argument("--test", action="store_true", help="run every op against float64 as well")
+    parser.add_argument(
+        "--report", action="store_true", help="all of it as a block to paste into an issue"
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="time ours and MLX's on the default device and keep the figures, which decide on Metal",
+    )
+    parser.add_argument("--formats", nargs="+", default=[], help="of --tune; default: all judged")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns the exit status."""
-    setup_arg_parser().parse_args(argv)
-    print(report())
-    return 0
+    """Prints the report; the exit status is 1 where a self-test failed."""
+    parser = setup_arg_parser()
+    options = parser.parse_args(argv)
+    names = [f.name for f in FORMATS]
+    for name in options.formats:
+        if name not in names:
+            parser.error(f"--formats: expected some of {', '.join(names)}, got {name}")
+    if options.tune:
+        print(tune_device(mx.default_device(), options.formats))
+        return 0
+    if not options.test and not options.report:
+        print(report())
+        return 0
+    good, rows = examination()
+    text = lines_of(rows)
+    print(f"```\n{text}\n```" if options.report else text)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

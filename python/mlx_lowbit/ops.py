@@ -31,9 +31,18 @@ ACTIVATION_MODES = ("mxfp8", "nvfp4")
 
 
 def _choose(
-    op: str, mode: str, bits: int | None, group_size: int | None, stream: StreamOrDevice
+    op: str,
+    mode: str,
+    bits: int | None,
+    group_size: int | None,
+    stream: StreamOrDevice,
+    x: mx.array | None = None,
+    w: mx.array | None = None,
 ) -> tuple[Format | None, str | None]:
-    """(format, None) for a kernel of ours, (format or None, reason) for MLX's op."""
+    """(format, None) for a kernel of ours, (format or None, reason) for MLX's op.
+
+    `x` and `w` are those of a product.
+    """
     try:
         found, missing = get(mode, bits, group_size), None
         if settled(stream):
@@ -42,7 +51,7 @@ def _choose(
         found, missing = None, str(error)
     except ValueError as error:
         raise ValueError(f"[{op}] {error}") from None
-    return found, reason_for_mlx(op, stream, missing)
+    return found, reason_for_mlx(op, stream, missing, found, x, w)
 
 
 def _activation_format(op: str, mode: str, bits: int | None, group_size: int | None) -> Format:
@@ -192,7 +201,7 @@ def quantized_matmul(
     Raises:
         ValueError: an argument that does not fit, named with what was expected and got.
     """
-    fmt, reason = _choose("quantized_matmul", mode, bits, group_size, stream)
+    fmt, reason = _choose("quantized_matmul", mode, bits, group_size, stream, x, w)
     if reason is not None:
         return _fallback.quantized_matmul(
             x, w, scales, biases, bias, transpose, mode, bits, group_size, global_scale, stream
@@ -237,7 +246,7 @@ def qqmm(
     """
     fmt = _activation_format("qqmm", mode, bits, group_size)
     _both_or_neither("qqmm", global_scale_x, global_scale_w)
-    if reason_for_mlx("qqmm", stream) is not None:
+    if reason_for_mlx("qqmm", stream, None, fmt, x, w) is not None:
         return _fallback.qqmm(x, w, scales, bias, fmt, global_scale_x, global_scale_w, stream)
     return _ext.qqmm(x, w, scales, bias, fmt.id, global_scale_x, global_scale_w, stream)
 
@@ -276,7 +285,7 @@ def gather_qmm(
         ValueError: an argument that does not fit; with MLX_LOWBIT_CHECK=1 also an index out of
             range (evaluates the indices).
     """
-    fmt, reason = _choose("gather_qmm", mode, bits, group_size, stream)
+    fmt, reason = _choose("gather_qmm", mode, bits, group_size, stream, x, w)
     if reason is not None:
         return _fallback.gather_qmm(
             x, w, scales, biases, lhs_indices, rhs_indices, bias, transpose, sorted_indices,
@@ -320,7 +329,7 @@ def gather_qqmm(
     """
     fmt = _activation_format("gather_qqmm", mode, bits, group_size)
     _both_or_neither("gather_qqmm", global_scale_x, global_scale_w)
-    if reason_for_mlx("gather_qqmm", stream) is not None:
+    if reason_for_mlx("gather_qqmm", stream, None, fmt, x, w) is not None:
         return _fallback.gather_qqmm(
             x, w, scales, lhs_indices, rhs_indices, bias, sorted_indices, fmt,
             global_scale_x, global_scale_w, stream,

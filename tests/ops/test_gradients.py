@@ -178,14 +178,16 @@ def test_gather_scales_biases_and_bias(affine_fmt, transpose, rng):
     oracle.assert_equal(dbias, dbias_want)
 
 
-def test_qqmm_is_straight_through(qq_fmt, rng):
+@pytest.mark.parametrize("M, groups, dtype16", [(6, 4, mx.float32), (40, 3, mx.bfloat16)])
+def test_qqmm_is_straight_through(qq_fmt, M, groups, dtype16, rng):
     """Rounding x counts as the identity: dx = dy @ W, and d bias = sum of dy."""
-    w = strategies.exact_weight(rng, qq_fmt, 21, 64, mx.float32)
-    x, dy = integers(rng, (6, 64)), integers(rng, (6, 21))
+    K = groups * qq_fmt.group_size
+    w = strategies.exact_weight(rng, qq_fmt, 21, K, dtype16)
+    x, dy = integers(rng, (M, K), dtype16), integers(rng, (M, 21), dtype16)
     arrays = strategies.weight_arrays(w)[:2]
     dx, dbias = vjp(
         lambda x, b: ops.qqmm(x, *arrays, bias=b, **strategies.format_keywords(qq_fmt)),
-        [oracle.to_mlx(x), mx.zeros(21)],
+        [oracle.to_mlx(x), mx.zeros(21, dtype16)],
         dy,
     )
     oracle.assert_equal(dx, dy.astype(np.float64) @ oracle.decode(qq_fmt, w))

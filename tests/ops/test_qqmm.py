@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import strategies
+from checks import assert_exact, decodes_first
 from corpora import corpora
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,8 +81,13 @@ def test_every_row_count_exactly(qq_fmt, dtype):
         x = exact_rows(rng, qq_fmt, (M, K), dtype)
         w = strategies.exact_weight(rng, qq_fmt, N, K, dtype)
         bias = rng.integers(-64, 65, N).astype(np.float32).astype(oracle.NUMPY_DTYPE[dtype])
-        want = oracle.f64(x) @ oracle.decode(qq_fmt, w).T + oracle.f64(bias)
-        oracle.assert_equal(qqmm(qq_fmt, x, w, bias=bias), want)
+        cublas = decodes_first(
+            oracle.to_mlx(x),
+            strategies.weight_arrays(w),
+            quantize_activations=True,
+            **strategies.format_keywords(qq_fmt),
+        )
+        assert_exact(qqmm(qq_fmt, x, w, bias=bias), oracle.qqmm(qq_fmt, x, w, bias=bias), K, cublas)
 
 
 def exact_rows(

@@ -122,6 +122,10 @@ def test_vmap_of_qqmm(qq_fmt, rng):
     x = integers(rng, (4, 3, 2 * qq_fmt.group_size))
     assert_loop(lambda x: ops.qqmm(x, *weight, **keywords), (0,), x)
     assert_loop(lambda x: ops.qqmm(x, *weight, **keywords), (1,), x)
+    K = 3 * qq_fmt.group_size
+    weight = strategies.weight_arrays(strategies.exact_weight(rng, qq_fmt, 9, K, mx.bfloat16))[:2]
+    many = integers(rng, (2, 20, K), mx.bfloat16)
+    assert_loop(lambda x: ops.qqmm(x, *weight, **keywords), (0,), many)
 
 
 def test_vmap_of_quantize_and_dequantize(fmt, rng):

@@ -14,6 +14,7 @@ MATVEC, MATMUL, SIMT = range(3)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 H200 = {"capability": 90, "processors": 132, "shared_bytes": 232448}
 A100 = {"capability": 80, "processors": 108, "shared_bytes": 166912}
+B200 = {"capability": 100, "processors": 148, "shared_bytes": 232448}
 RTX4090 = {"capability": 89, "processors": 128, "shared_bytes": 101376}
 
 
@@ -76,6 +77,25 @@ def test_weights_are_decoded_first_where_that_pays(fmt, M, of_x, options, decode
     words, *_ = plan(fmt, M, 4096, groups * fmt.group_size, of_x, **options)
     want = fmt.mode != "nvfp4" if decoded is None else decoded
     assert ("then MLX's matmul" in words) == want, words
+
+
+@pytest.mark.parametrize(
+    "M, of_x, device, groups, route",
+    [
+        (17, BFLOAT16, A100, 1, "x quantized, it and weights decoded"),
+        (17, BFLOAT16, B200, 1, "x quantized, it and weights decoded"),
+        (17, BFLOAT16, B200, 32, "cuBLASLt"),
+        (16, BFLOAT16, B200, 32, "after quantizing x"),
+        (17, FLOAT16, A100, 32, "simt"),
+    ],
+    ids=str,
+)
+def test_many_quantized_rows_are_mlxs_where_we_have_no_kernel(
+    qq_fmt, M, of_x, device, groups, route
+):
+    K = groups * qq_fmt.group_size
+    words, *_ = plan(qq_fmt, M, 4096, K, of_x, quantize_x=True, **device)
+    assert route in words, words
 
 
 @pytest.mark.parametrize("device", [H200, A100, RTX4090], ids=["H200", "A100", "4090"])
