@@ -20,8 +20,7 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 ROWS = (1, 3, 17, 70)  # of x: those of every kind of kernel
 N, EXPERTS = 41, 3
 ROUNDOFF = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-GLOBAL_MAX = 448.0 * 6.0  # over which nvfp4's global scale is taken
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 class Result(NamedTuple):
@@ -54,26 +53,26 @@ def decode(
     codes = bits.reshape(*words.shape[:-1], -1, fmt.bits) @ (1 << np.arange(fmt.bits))
     if fmt.has_biases:
         return _by_group(fmt, codes) * _f64(scales)[..., None] + _f64(biases)[..., None]
-    return (
-        _by_group(fmt, _elements(fmt.bits)[codes]) * _block_scales(fmt)[np.array(scales)][..., None]
-    )
+    elements, steps, _ = BLOCKS[fmt.mode]
+    return _by_group(fmt, elements[codes]) * steps[np.array(scales)][..., None]
 
 
-def _elements(bits: int) -> np.ndarray:
-    """Values of all codes of e2m1 (4 bits) or e4m3 (8 bits; exponent bias 7, two NaN)."""
-    if bits == 4:
-        return np.concatenate([E2M1, -E2M1])
+def _e4m3() -> np.ndarray:
+    """Values of all codes of e4m3: exponent bias 7, no infinity, two NaN."""
     code = np.arange(128)
     exponent, mantissa = code >> 3, code & 7
-    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
-    values = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    values = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
     values[127] = np.nan
     return np.concatenate([values, -values])
 
 
-def _block_scales(fmt: Format) -> np.ndarray:
-    """Values of all scale bytes: e4m3 of nvfp4, else powers of two."""
-    return _elements(8) if fmt.mode == "nvfp4" else 2.0 ** (np.arange(256.0) - 127)
+E4M3, E8M0 = _e4m3(), 2.0 ** (np.arange(256.0) - 127)
+# Values of element codes and of scale bytes, and the share of a value that a code may miss it by.
+BLOCKS = {
+    "mxfp4": (E2M1, E8M0, 2.0**-2),
+    "nvfp4": (E2M1, E4M3, 2.0**-2),
+    "mxfp8": (E4M3, E8M0, 2.0**-4),
+}
 
 
 def _by_group(fmt: Format, values: np.ndarray) -> np.ndarray:
@@ -149,10 +148,9 @@ def _checks(case: _Case) -> Iterator[tuple[str, float, Callable[[], float]]]:
         want = _f64(case.dense)
         return float(np.linalg.norm(case.values - want) / np.linalg.norm(want))
 
-    # Of floats half a last place; of normal values in affine steps less than two of them, and
-    # what rounding scales and biases takes.
-    places = case.fmt.bits - 1 if case.fmt.has_biases else {4: 2, 8: 4}[case.fmt.bits]
-    yield "quantize", 2.0**-places + ROUNDOFF[case.dtype], quantize
+    # Of normal values in affine steps less than two of them, and what rounding scales takes.
+    missed = 2.0 ** (1 - case.fmt.bits) if case.fmt.has_biases else BLOCKS[case.fmt.mode][2]
+    yield "quantize", missed + ROUNDOFF[case.dtype], quantize
     yield "dequantize", 2.0**-23, dequantize
     names = ["quantized_matmul", "gather_qmm"]
     if case.fmt.mode in ops.ACTIVATION_MODES:
