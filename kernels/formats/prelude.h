@@ -28,9 +28,9 @@
 LOWBIT_BEGIN
 
 #if defined(__METAL_VERSION__)
-using uint32 = metal::uint;
-LOWBIT_FN uint32 to_bits(float x) { return metal::as_type<uint32>(x); }
-LOWBIT_FN float from_bits(uint32 b) { return metal::as_type<float>(b); }
+using uint32 = uint;
+LOWBIT_FN uint32 to_bits(float x) { return as_type<uint32>(x); }
+LOWBIT_FN float from_bits(uint32 b) { return as_type<float>(b); }
 LOWBIT_FN float round_even(float x) { return metal::rint(x); }
 LOWBIT_FN float magnitude(float x) { return metal::fabs(x); }
 #elif defined(__CUDA_ARCH__)
