@@ -1,8 +1,9 @@
 // Rows of all pairs sorted by matrix of w, in one threadgroup: what tiles of experts read.
 //
-// Simdgroups take the matrices in turn. For one matrix 32 lanes go through the pairs together and
-// count, then place, those that chose it: the order of pairs is kept, and nothing is atomic.
-// Pairs whose index is out of range form a last group. Output: see metal_args::GroupArgs.
+// Simdgroups take the matrices in turn. For one matrix 32 lanes go through the pairs together
+// and count, then place, those that chose it: the order of pairs is kept, and nothing is
+// atomic. Pairs whose index is out of range form a last group. Output: see
+// metal_args::GroupArgs.
 #pragma once
 
 #include <metal_stdlib>
@@ -21,8 +22,7 @@ METAL_FUNC int group_of(const device long* rhs, int pair, int matrices) {
 }
 
 [[kernel]] void group(const constant metal_args::GroupArgs& args [[buffer(0)]],
-                      const device long* rhs [[buffer(1)]],
-                      device int* out [[buffer(2)]],
+                      const device long* rhs [[buffer(1)]], device int* out [[buffer(2)]],
                       uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint simdgroups [[simdgroups_per_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]]) {

@@ -94,6 +94,11 @@ template <class F, class T, int Tokens>
 
   const int quad = int(lane) / 4, fragment_row = (quad & 4) + (int(lane) / 2) % 4;
   const int quarter = (quad & 2) / 2 * 2 + int(lane) % 2;
+  // Lanes of a row whose chunks share a group: the first of them loads its scale.
+  constexpr int kSharing = F::kGroup > kChunk ? F::kGroup / kChunk : 1;
+  const int first_of_group = quarter / kSharing * kSharing;
+  const ushort leader = ushort((fragment_row & 4) << 2 | (first_of_group & 2) << 2 |
+                               (fragment_row & 3) << 1 | (first_of_group & 1));
   const int first_row = int(tile.x * simdgroups + simdgroup) * 8 * kFragments;
   const int chunks = (K + kChunk - 1) / kChunk, groups = K / F::kGroup;
   const ulong row_words = ulong(K) * F::kBits / 32;
@@ -118,7 +123,14 @@ template <class F, class T, int Tokens>
       codes[f].load(w + row * row_words + from * F::kBits, codes_there);
       for (int g = 0; g < Chunk<F>::kScales; g++) {
         const int group = (from * kChunk + g * Chunk<F>::kGroup) / F::kGroup;
-        scale[f][g] = load_scale<F>(scales, biases, row * groups + min(group, groups - 1));
+        Scale loaded = {0.0f, 0.0f};
+        if (quarter == first_of_group)
+          loaded = load_scale<F>(scales, biases, row * groups + min(group, groups - 1));
+        if (kSharing > 1) {
+          loaded.scale = simd_shuffle(loaded.scale, leader);
+          loaded.bias = simd_shuffle(loaded.bias, leader);
+        }
+        scale[f][g] = loaded;
       }
     }
     // Codes that do not exist meet zeros of x; their weights are finite numbers at most.

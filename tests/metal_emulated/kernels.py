@@ -1,0 +1,156 @@
+"""The kernels of kernels/metal on the emulator: instances of a format, and products through them."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from pathlib import Path
+from typing import Any
+
+import emulator
+import mlx.core as mx
+import numpy as np
+import oracle
+from mlx_lowbit.formats import Format
+
+SOURCES = Path(__file__).parents[2] / "kernels" / "metal"
+DTYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
+# Tokens of a tile, in the order of the plan.
+VARIANTS = {"matvec": (1, 2, 4, 8), "matmul": (8, 16, 32, 64)}
+ROWS_OF_SIMDGROUP = {"matvec": 4, "matmul": 32}
+FLOAT_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def cpp_type(fmt: Format) -> str:
+    """The class of kernels/formats."""
+    return f"Affine{fmt.bits}<{fmt.group_size}>" if fmt.has_biases else fmt.mode.capitalize()
+
+
+def tiles(family: str, dtype: mx.Dtype) -> tuple[int, ...]:
+    """Those whose x fits 32 KiB of threadgroup memory."""
+    of_family = VARIANTS[family]
+    return of_family[:-1] if family == "matmul" and dtype == mx.float32 else of_family
+
+
+def instances(family: str, fmt: Format) -> list[str]:
+    """Explicit instantiations of all kernels of a family in a format."""
+    lines = []
+    for dtype, metal in DTYPES.items():
+        arguments = f"{cpp_type(fmt)}, {metal}"
+        if family == "quantize":
+            names = ["quantize", "dequantize"] + ([] if fmt.has_biases else ["round_trip"])
+            kernels = [(n, f"{n}_{fmt.name}_{name_of(dtype)}", arguments) for n in names]
+        else:
+            kernels = [
+                (family, f"{family}_{fmt.name}_{name_of(dtype)}_{t}", f"{arguments}, {t}")
+                for t in tiles(family, dtype)
+            ]
+        for function, name, types in kernels:
+            lines.append(
+                f'template [[host_name("{name}")]] [[kernel]] '
+                f"decltype({function}<{types}>) {function}<{types}>;"
+            )
+    return lines
+
+
+def source(family: str, fmt: Format | None = None) -> str:
+    """What a library of a family is made from."""
+    lines = [f'#include "{family}.h"', "using namespace lowbit;"]
+    return "\n".join([*lines, *(instances(family, fmt) if fmt else [])])
+
+
+@functools.lru_cache(maxsize=64)
+def library(family: str, fmt: Format | None, kind: emulator.Kind) -> emulator.Library:
+    return emulator.compile(source(family, fmt), kind, str(SOURCES / "kernel.metal"))
+
+
+def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """NaN in every float."""
+    a = np.empty(shape, dtype)
+    a.view(np.uint8).fill(0xFF)
+    return a
+
+
+def product(
+    family: str,
+    fmt: Format,
+    x: np.ndarray,
+    w: oracle.Weight,
+    tokens: int,
+    *,
+    simdgroups: int = 2,
+    kind: emulator.Kind = "run",
+    order: str = "greedy",
+    seed: int = 0,
+    y_dtype: np.dtype | None = None,
+    bias: np.ndarray | None = None,
+    global_scale: float | None = None,
+    global_scale_x: float | None = None,
+    lhs: np.ndarray | None = None,
+    rhs: np.ndarray | None = None,
+) -> tuple[np.ndarray, emulator.Report]:
+    """(y, report) of x [M, K] or, with `rhs` [pairs], x [matrices, M, K] and a stack of w.
+
+    y is [M, N] or [pairs, M, N].
+    """
+    gathered = rhs is not None
+    stack = x if gathered else x[None]
+    x_matrices, M, K = stack.shape
+    N = w.words.shape[-2]
+    pairs = len(rhs) if gathered else 1
+    matrices = len(w.words) if gathered else 1
+    counts = 0 if global_scale is None else 1
+    args = struct.pack("<7i", M, N, K, pairs, x_matrices, matrices, counts)
+    y = poisoned((pairs, M, N), y_dtype or x.dtype)
+    buffers: dict[int, Any] = {0: args, 1: np.ascontiguousarray(x), 2: w.words, 3: w.scales}
+    optional = {4: w.biases, 5: bias, 10: y}
+    optional[6] = None if global_scale_x is None else np.float32([global_scale_x])
+    optional[7] = None if global_scale is None else np.float32([global_scale])
+    optional[8] = None if lhs is None else lhs.astype(np.int64)
+    optional[9] = None if rhs is None else rhs.astype(np.int64)
+    grouped = gathered and family == "matmul"
+    tiles_of_tokens = -(-M // tokens)
+    if grouped:
+        optional[11] = group(optional[9], M, matrices, kind, seed)
+        tiles_of_tokens = pairs * M // tokens + matrices + 1
+    buffers |= {i: np.ascontiguousarray(a) for i, a in optional.items() if a is not None}
+    scale_type = FLOAT_TYPE.get(w.scales.dtype.name, 0)
+    constants = {
+        0: FLOAT_TYPE[y.dtype.name],
+        1: scale_type,
+        2: -1 if bias is None else FLOAT_TYPE[bias.dtype.name],
+        3: global_scale_x is not None,
+        4: global_scale is not None,
+        5: gathered,
+        6: grouped,
+    }
+    rows = ROWS_OF_SIMDGROUP[family] * simdgroups
+    dtype = oracle.MLX_DTYPE[x.dtype]
+    report = library(family, fmt, kind).launch(
+        f"{family}_{fmt.name}_{name_of(dtype)}_{tokens}",
+        buffers,
+        threadgroups=(-(-N // rows), tiles_of_tokens, 1 if grouped else pairs),
+        threads=(32 * simdgroups, 1, 1),
+        constants=constants,
+        order=order,
+        seed=seed,
+    )
+    return (buffers[10] if gathered else buffers[10][0]), report
+
+
+def group(rhs: np.ndarray, M: int, matrices: int, kind: emulator.Kind, seed: int = 0) -> np.ndarray:
+    """What the `group` kernel writes: rows in order, then where each matrix's begin."""
+    out = np.full(len(rhs) * M + matrices + 2, -77, np.int32)
+    report = library("group", None, kind).launch(
+        "group",
+        {0: struct.pack("<3i", M, len(rhs), matrices), 1: rhs, 2: out},
+        threadgroups=(1, 1, 1),
+        threads=(128, 1, 1),
+        seed=seed,
+    )
+    assert not report.problems, report.messages
+    return out

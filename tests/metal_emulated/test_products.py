@@ -1,0 +1,163 @@
+"""matvec and matmul of kernels/metal against the float64 oracle."""
+
+from __future__ import annotations
+
+import emulator
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+
+ORDERS = [("forward", 0), ("reverse", 0), ("greedy", 1), ("greedy", 2)]
+FAMILIES = ("matvec", "matmul")
+
+
+def operands(rng, fmt, dtype, M, N, K, bias, global_scale):
+    """x, w and further operands; the same as the oracle takes."""
+    more = {}
+    if bias:
+        more["bias"] = strategies.activations(rng, (N,), dtype)
+    if global_scale and fmt.mode == "nvfp4":
+        more["global_scale"] = float(np.float32(rng.uniform(1, 5000)))
+    x = strategies.activations(rng, (M, K), dtype)
+    return x, strategies.random_weight(rng, fmt, N, K, dtype), more
+
+
+def check(family, fmt, dtype, M, N, K, tokens, rng, **launch):
+    x, w, more = operands(rng, fmt, dtype, M, N, K, M % 2 == 1, N % 2 == 1)
+    y, report = kernels.product(family, fmt, x, w, tokens, **more, **launch)
+    assert report.problems == 0, report.messages
+    oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(fmt, x, w, **more), K)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "quantize"])
+def test_every_instance_type_checks(fmt, family):
+    emulator.typecheck(kernels.source(family, fmt), str(kernels.SOURCES / "kernel.metal"))
+
+
+def test_sorting_type_checks():
+    emulator.typecheck(kernels.source("group"), str(kernels.SOURCES / "kernel.metal"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+def test_random_bits(fmt, dtype, family, data):
+    tokens = data.draw(st.sampled_from(kernels.tiles(family, dtype)))
+    M = data.draw(st.integers(1, min(2 * tokens + 1, 70)))
+    N = data.draw(st.integers(1, 80))
+    groups = data.draw(st.integers(1, 20 if fmt.group_size < 64 else 5))
+    order, seed = data.draw(st.sampled_from(ORDERS))
+    rng = np.random.default_rng(data.draw(strategies.seeds))
+    check(
+        family, fmt, dtype, M, N, groups * fmt.group_size, tokens, rng,
+        simdgroups=data.draw(st.integers(1, 3)), order=order, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_race_and_nothing_out_of_bounds(fmt, family, rng):
+    """Every edge: rows of x and w that are not there, a part of K, half a chunk of nvfp4."""
+    dtype = (mx.float32, mx.float16, mx.bfloat16)[fmt.id % 3]
+    for tokens in kernels.tiles(family, dtype):
+        for M, N, groups in ((tokens, 32, 4), (tokens + 1, 33, 1), (max(1, tokens - 3), 70, 5)):
+            check(
+                family, fmt, dtype, M, N, groups * fmt.group_size, tokens, rng,
+                kind="check", seed=M, simdgroups=2,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_orders_agree(judged_fmt, family, rng):
+    """The order of threads changes no bit."""
+    x, w, more = operands(
+        rng, judged_fmt, mx.bfloat16, 9, 45, 4 * judged_fmt.group_size, True, True
+    )
+    results = [
+        kernels.product(family, judged_fmt, x, w, 8, order=order, seed=seed, **more)[0]
+        for order, seed in ORDERS
+    ]
+    for y in results[1:]:
+        np.testing.assert_array_equal(oracle.bits_of(y), oracle.bits_of(results[0]))
+
+
+def test_a_scale_of_another_dtype(affine_fmt, rng):
+    """x in float32, scales in bfloat16, as mixed models have it."""
+    w = strategies.random_weight(rng, affine_fmt, 9, 2 * affine_fmt.group_size, mx.bfloat16)
+    x = strategies.activations(rng, (3, 2 * affine_fmt.group_size), mx.float32)
+    for family in FAMILIES:
+        y, report = kernels.product(family, affine_fmt, x, w, 8)
+        assert report.problems == 0
+        oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(affine_fmt, x, w), x.shape[1])
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def experts(rng, fmt, dtype, matrices, N, K):
+    parts = [strategies.random_weight(rng, fmt, N, K, dtype) for _ in range(matrices)]
+    stacked = [None if a[0] is None else np.stack(a) for a in zip(*parts, strict=True)]
+    return parts, oracle.Weight(*stacked)
+
+
+@pytest.mark.parametrize("kind", ["run", "check"])
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pairs(judged_fmt, family, M, kind, rng):
+    """Experts with no row, with many, and pairs whose indices do not exist."""
+    matrices, N, K, x_matrices = 5, 37, 3 * judged_fmt.group_size, 4
+    parts, w = experts(rng, judged_fmt, mx.float16, matrices, N, K)
+    x = strategies.activations(rng, (x_matrices, M, K), mx.float16)
+    bias = strategies.activations(rng, (matrices, N), mx.float16)
+    rhs = np.array([2, 0, 2, 4, 2, 2, -1, 0, 2, matrices, 2, 2, 4, 2, 2, 2])
+    lhs = rng.integers(0, x_matrices, len(rhs))
+    lhs[3] = x_matrices
+    y, report = kernels.product(
+        family, judged_fmt, x, w, 8, lhs=lhs, rhs=rhs, bias=bias, kind=kind, seed=M
+    )
+    assert report.problems == 0, report.messages
+    for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
+        if not (0 <= b < matrices and a < x_matrices):
+            assert np.isnan(y[i].astype(np.float32)).all()
+            continue
+        want = oracle.quantized_matmul(judged_fmt, x[a], parts[b], bias=bias[b])
+        oracle.assert_close(oracle.to_mlx(y[i]), want, K)
+
+
+@pytest.mark.parametrize("pairs, M, matrices", [(1, 1, 1), (33, 2, 7), (100, 1, 40), (64, 3, 130)])
+@pytest.mark.parametrize("kind", ["run", "check"])
+def test_rows_are_sorted_by_matrix(pairs, M, matrices, kind, rng):
+    rhs = rng.integers(-1, matrices + 1, pairs)
+    got = kernels.group(rhs, M, matrices, kind, seed=pairs)
+    chosen = np.where((rhs < 0) | (rhs >= matrices), matrices, rhs)
+    order = np.argsort(chosen, kind="stable")
+    rows = (order[:, None] * M + np.arange(M)).reshape(-1)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(chosen, minlength=matrices + 1))]) * M
+    np.testing.assert_array_equal(got, np.concatenate([rows, starts]))
+
+
+# --- traffic ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_matvec_reads_weights_once(judged_fmt, tokens, rng):
+    x, w, _ = operands(rng, judged_fmt, mx.bfloat16, tokens, 16, 8 * judged_fmt.group_size, 0, 0)
+    _, report = kernels.product("matvec", judged_fmt, x, w, tokens, kind="check")
+    assert report.read[2] == w.words.nbytes
+
+
+def test_few_rows_of_x_are_read_with_the_weights(rng):
+    """M = 16, K = N = 4096 in 4 bits, 512 rows of w a threadgroup: hardly more than all bytes."""
+    from mlx_lowbit import formats
+
+    fmt = formats.get(bits=4, group_size=64)
+    x, w, _ = operands(rng, fmt, mx.bfloat16, 16, 4096, 4096, 0, 0)
+    y, report = kernels.product("matmul", fmt, x, w, 16, kind="check", simdgroups=16)
+    assert report.problems == 0, report.messages
+    packed = w.words.nbytes + w.scales.nbytes + w.biases.nbytes
+    assert sum(report.read.values()) <= 1.1 * (packed + x.nbytes + y.nbytes)
+    oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(fmt, x, w), 4096)
