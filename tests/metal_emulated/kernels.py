@@ -142,6 +142,49 @@ def product(
     return (buffers[10] if gathered else buffers[10][0]), report
 
 
+def over_groups(
+    kernel: str,
+    fmt: Format,
+    dtype: mx.Dtype,
+    buffers: dict[int, Any],
+    groups: int,
+    *,
+    kind: emulator.Kind = "run",
+    seed: int = 0,
+) -> None:
+    """Runs quantize, dequantize or round_trip; the global scale, if any, is buffer 5."""
+    chunks = -(-groups * fmt.group_size // 32)
+    number = FLOAT_TYPE[name_of(dtype)]
+    report = library("quantize", fmt, kind).launch(
+        f"{kernel}_{fmt.name}_{name_of(dtype)}",
+        {0: struct.pack("<q", groups), **buffers},
+        threadgroups=(-(-chunks // 64), 1, 1),
+        threads=(64, 1, 1),
+        constants={0: number, 1: number, 3: 5 in buffers},
+        seed=seed,
+    )
+    assert report.problems == 0, report.messages
+
+
+def quantize(
+    fmt: Format, w: np.ndarray, global_scale: float | None = None, **launch: Any
+) -> oracle.Weight:
+    """w [rows, K] as the kernel quantizes it."""
+    rows, K = w.shape
+    groups = w.size // fmt.group_size
+    scale = w.dtype if fmt.has_biases else np.dtype(np.uint8)
+    words = poisoned((rows, K * fmt.bits // 32), np.dtype(np.uint32))
+    scales = poisoned((rows, K // fmt.group_size), scale)
+    biases = poisoned(scales.shape, scale) if fmt.has_biases else None
+    buffers = {1: np.ascontiguousarray(w), 2: words, 3: scales}
+    if biases is not None:
+        buffers[4] = biases
+    if global_scale is not None:
+        buffers[5] = np.float32([global_scale])
+    over_groups("quantize", fmt, oracle.MLX_DTYPE[w.dtype], buffers, groups, **launch)
+    return oracle.Weight(words, scales, biases)
+
+
 def group(rhs: np.ndarray, M: int, matrices: int, kind: emulator.Kind, seed: int = 0) -> np.ndarray:
     """What the `group` kernel writes: rows in order, then where each matrix's begin."""
     out = np.full(len(rhs) * M + matrices + 2, -77, np.int32)
