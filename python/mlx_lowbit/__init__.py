@@ -22,26 +22,35 @@ from .ops import (  # noqa: E402
     quantized_matmul,
 )
 
-# Last, so that the function and not the module of this name is what the package shows.
+# Last, so that functions and not the modules of their names are what the package shows.
 from .quantize import quantize_activations  # noqa: E402  isort: skip
 from .ops import quantize  # noqa: E402  isort: skip
+from .load import load  # noqa: E402  isort: skip
+from .save import save  # noqa: E402  isort: skip
+from .convert import convert  # noqa: E402  isort: skip
+from .generate import generate, stream_generate  # noqa: E402  isort: skip
 
 __version__ = "0.1.0"
 
 __all__ = [
     "accelerate",
+    "convert",
     "dequantize",
     "explain",
     "formats",
     "gather_qmm",
     "gather_qqmm",
+    "generate",
     "get_backend",
     "linear",
+    "load",
     "nn",
     "qqmm",
     "quantize",
     "quantize_activations",
     "quantized_matmul",
+    "save",
     "set_backend",
+    "stream_generate",
     "undo",
 ]

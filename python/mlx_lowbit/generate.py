@@ -1,0 +1,199 @@
+"""``mlx_lowbit.generate``: text from a model, with mlx-lm's generation, samplers and caches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import cli
+
+NAME = "mlx_lowbit.generate"
+
+
+def prompt_tokens(
+    tokenizer: Any,
+    prompt: str,
+    *,
+    system: str | None = None,
+    thinking: bool | None = None,
+    chat_template: bool = True,
+    **template: Any,
+) -> list[int]:
+    """The ids that a model reads: `prompt` in the tokenizer's chat template, where it has one.
+
+    Args:
+        system: the system message; needs a chat template.
+        thinking: what the template's ``enable_thinking`` is set to; None leaves its default.
+        template: further values for the template.
+
+    Raises:
+        ValueError: `system` for a tokenizer without a chat template, or an empty prompt.
+    """
+    if not (chat_template and tokenizer.chat_template):
+        if system is not None:
+            raise ValueError("a system message needs a chat template, and this tokenizer has none")
+        tokens = tokenizer.encode(prompt)
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        if thinking is not None:
+            template["enable_thinking"] = thinking
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template
+        )
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty")
+    return [int(token) for token in tokens]
+
+
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Refuses a prompt that does not fit.
+
+    Raises:
+        ValueError: more tokens than the model has positions for.
+    """
+    limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"the prompt has {tokens} tokens, and this model has positions for {limit}"
+        )
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    top_k: int = 0,
+    **more: Any,
+) -> Generator[Any, None, None]:
+    """Pieces of text as they come: mlx-lm's ``GenerationResponse`` with text and statistics.
+
+    Args:
+        model, tokenizer: as :func:`mlx_lowbit.load` returns them.
+        prompt: text that goes to the model as it is, or ids (:func:`prompt_tokens`).
+        max_tokens: at most so many; at the tokenizer's end tokens it stops before.
+        temp, top_p, min_p, top_k: sampling as in mlx-lm; temp 0 takes the likeliest token.
+        more: further keywords of mlx-lm's ``stream_generate`` (kv_bits, max_kv_size, ...).
+
+    Raises:
+        ValueError: a prompt longer than the model's context, or max_tokens below 1.
+    """
+    from mlx_lm.generate import stream_generate as of_mlx_lm
+    from mlx_lm.sample_utils import make_sampler
+
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
+    check_length(model, len(tokens))
+    sampler = make_sampler(temp, top_p, min_p, top_k=top_k)
+    yield from of_mlx_lm(model, tokenizer, tokens, max_tokens, sampler=sampler, **more)
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[int], **keywords: Any) -> str:
+    """The whole text of :func:`stream_generate`, whose arguments it takes."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **keywords))
+
+
+def show(responses: Generator[Any, None, None]) -> int:
+    """Prints text as it comes and mlx-lm's statistics after it; Ctrl-C ends the text there.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+    """
+    last, status = None, 0
+    try:
+        for last in responses:
+            print(last.text, end="", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        responses.close()
+    print("\n" + "=" * 10)
+    print("No text generated for this prompt" if last is None else cli.statistics(last))
+    return status
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command line, with mlx-lm's names."""
+    parser = argparse.ArgumentParser(
+        prog=NAME, description="Generates text, with mlx_lowbit's kernels."
+    )
+    cli.add_model_options(parser)
+    parser.add_argument("--prompt", "-p", default="hello", help="'-' reads standard input")
+    parser.add_argument("--system-prompt", "--system", help="needs a chat template")
+    parser.add_argument("--max-tokens", "-m", type=int, default=100)
+    parser.add_argument("--temp", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=0.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--ignore-chat-template", action="store_true")
+    parser.add_argument(
+        "--think", action=argparse.BooleanOptionalAction, help="for templates that can switch it"
+    )
+    parser.add_argument(
+        "--extra-eos-token", nargs="+", default=(), help="tokens that end the text as well"
+    )
+    parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument("--prefill-step-size", type=int, default=2048)
+    parser.add_argument("--kv-bits", type=int, help="quantize the KV cache")
+    parser.add_argument("--kv-group-size", type=int, default=64)
+    parser.add_argument("--quantized-kv-start", type=int, default=5000)
+    parser.add_argument(
+        "--chat-template-config", type=json.loads, default={}, help="JSON of further settings"
+    )
+    return parser
+
+
+def _command(options: argparse.Namespace) -> int:
+    from .load import load
+
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    model, tokenizer = load(options.model, **cli.load_options(options))
+    for token in options.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    tokens = prompt_tokens(
+        tokenizer,
+        prompt,
+        system=options.system_prompt,
+        thinking=options.think,
+        chat_template=not options.ignore_chat_template,
+        **options.chat_template_config,
+    )
+    cache = {
+        "kv_bits": options.kv_bits,
+        "kv_group_size": options.kv_group_size,
+        "quantized_kv_start": options.quantized_kv_start,
+        "max_kv_size": options.max_kv_size,
+        "prefill_step_size": options.prefill_step_size,
+    }
+    sampling = {name: getattr(options, name) for name in ("temp", "top_p", "min_p", "top_k")}
+    check_length(model, len(tokens))
+    return show(
+        stream_generate(
+            model, tokenizer, tokens, max_tokens=options.max_tokens, **sampling, **cache
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    return cli.run(NAME, _command, setup_arg_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
