@@ -29,6 +29,8 @@ from .load import load  # noqa: E402  isort: skip
 from .save import save  # noqa: E402  isort: skip
 from .convert import convert  # noqa: E402  isort: skip
 from .generate import generate, stream_generate  # noqa: E402  isort: skip
+from .describe import describe, stream_describe  # noqa: E402  isort: skip
+from .transcribe import stream_transcribe, transcribe  # noqa: E402  isort: skip
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "accelerate",
     "convert",
     "dequantize",
+    "describe",
     "explain",
     "formats",
     "gather_qmm",
@@ -51,6 +54,9 @@ __all__ = [
     "quantized_matmul",
     "save",
     "set_backend",
+    "stream_describe",
     "stream_generate",
+    "stream_transcribe",
+    "transcribe",
     "undo",
 ]

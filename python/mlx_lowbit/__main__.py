@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("convert", "demo", "doctor", "generate")
+COMMANDS = ("convert", "demo", "describe", "doctor", "generate", "transcribe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

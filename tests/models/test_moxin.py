@@ -212,6 +212,7 @@ def test_missing_keys_are_those_of_the_reference_class():
     assert text.rope_theta == reference.rope_parameters["rope_theta"]
     assert text.rms_norm_eps == 1e-6 and text.rope_scaling is None
     assert moxin_vlm.ModelArgs.from_dict({"model_type": "prismatic"}).text == text
+    assert mistral.ModelArgs.from_dict({"sliding_window": None}).sliding_window is None
 
 
 def test_the_published_layout():

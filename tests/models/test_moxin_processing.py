@@ -338,7 +338,34 @@ def test_a_directory(tmp_path):
     rows = model.embed_inputs(mx.array(got.tokens), pixel_values=got.pixel_values)
     assert rows.shape == (len(got.tokens), WORDS["hidden_size"])
     assert made.tokenizer.decode(got.tokens[10:]) == "In: What is this?\nOut:"
-    assert EOS in made.tokenizer.eos_token_ids
+    assert made.tokenizer.eos_token_ids == {EOS}
+    (tmp_path / "saved").mkdir()
+    made.save_pretrained(tmp_path / "saved")
+    again = moxin_vlm.load_processor(tmp_path / "saved", CONFIG)
+    assert again.towers == made.towers and again.saved == made.saved
+    assert again.tokens("hi") == made.tokens("hi")
+
+
+@pytest.mark.parametrize("place", ["text_config", "top", "generation_config.json"])
+def test_end_tokens_of_the_configuration(place, tmp_path):
+    tiny_tokenizer.write(tmp_path)
+    config = {"text_config": {**CONFIG, "text_config": {**WORDS, "eos_token_id": 5}}}
+    config |= {"top": {**CONFIG, "eos_token_id": [5]}, "generation_config.json": CONFIG}
+    if place not in ("text_config", "top"):
+        (tmp_path / place).write_text('{"eos_token_id": 5}')
+    assert moxin_vlm.load_processor(tmp_path, config[place]).tokenizer.eos_token_ids == {5}
+
+
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        moxin_vlm.load_processor(tmp_path, CONFIG)
+    tiny_tokenizer.write(tmp_path)
+    small = {**CONFIG, "text_config": {**WORDS, "vocab_size": 100}, "pad_token_id": 99}
+    with pytest.raises(ValueError, match="another model"):
+        moxin_vlm.load_processor(tmp_path, small)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer cannot be read"):
+        moxin_vlm.load_processor(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"tvf_crop_params": 3}'])

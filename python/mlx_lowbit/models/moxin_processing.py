@@ -272,21 +272,17 @@ class Processor:
     def __init__(
         self, args: ModelArgs, tokenizer: Any, saved: dict[str, Any] | None = None
     ) -> None:
-        self.args, self.tokenizer = args, tokenizer
+        self.args, self.tokenizer, self.saved = args, tokenizer, saved
         self.towers = tower_pixels(args, saved)
 
     @classmethod
-    def from_directory(
-        cls, directory: str | Path, args: ModelArgs, tokenizer: Any = None
-    ) -> Processor:
-        """With the files in `directory`: the tokenizer's, unless it is given, and
-        ``preprocessor_config.json``, if it is there.
+    def from_directory(cls, directory: str | Path, args: ModelArgs, tokenizer: Any) -> Processor:
+        """With the ``preprocessor_config.json`` of `directory`, if it is there.
 
         Raises:
             ValueError: a file that does not fit, by name.
         """
-        directory, saved = Path(directory), None
-        file = directory / "preprocessor_config.json"
+        file, saved = Path(directory) / "preprocessor_config.json", None
         if file.is_file():
             try:
                 saved = json.loads(file.read_text(encoding="utf-8"))
@@ -294,14 +290,17 @@ class Processor:
                 raise ValueError(f"{file}: not JSON: {error}") from None
             if not isinstance(saved, dict):
                 raise ValueError(f"{file}: expected an object, got {saved!r}")
-        if tokenizer is None:
-            from mlx_lm.tokenizer_utils import load
-
-            tokenizer = load(directory)
         try:
             return cls(args, tokenizer, saved)
         except ValueError as error:
             raise ValueError(f"{file}: {error}" if saved else str(error)) from None
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the tokenizer's files, and ``preprocessor_config.json`` as it was read."""
+        self.tokenizer.save_pretrained(str(directory))
+        if self.saved is not None:
+            text = json.dumps(self.saved, indent=2, sort_keys=True) + "\n"
+            (Path(directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     def pixels(self, image: Image.Image | str | Path) -> np.ndarray:
         """`image` (a path: :func:`open_image`) -> float32 [1, 6, H, W], DINOv2's channels first.

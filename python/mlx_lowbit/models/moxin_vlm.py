@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DINO_ID = "vit_large_patch14_reg4_dinov2.lvd142m"
 SIGLIP_ID = "vit_so400m_patch14_siglip_224"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 RESIZE_STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
 # What the converter wrote over MistralConfig's defaults. A nested configuration is saved as its
 # difference to them, so any of their keys may be absent; rms_norm_eps is 1e-6 then, as in the
@@ -345,8 +346,29 @@ def load_processor(directory: str | Path, config: dict[str, Any]) -> Processor:
     """What turns an image and a question into this model's inputs, with the tokenizer.
 
     Raises:
-        ValueError: a file in `directory` that does not fit, by name.
+        FileNotFoundError: no tokenizer is there.
+        ValueError: a file that cannot be read or does not fit, or a tokenizer with more tokens than
+            the model.
     """
+    from mlx_lm.tokenizer_utils import load
+
+    from ..load import end_tokens
     from .moxin_processing import Processor
 
-    return Processor.from_directory(directory, ModelArgs.from_dict(config))
+    directory, args = Path(directory), ModelArgs.from_dict(config)
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"{directory}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+    ends = end_tokens(directory, config)
+    ends = args.text_config.get("eos_token_id") if ends is None else ends
+    try:
+        tokenizer = load(directory, {"local_files_only": True}, eos_token_ids=ends)
+    # What the libraries below raise for damaged files is not limited to one class.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory}: the tokenizer cannot be read: {reason}") from error
+    if (size := tokenizer.vocab_size) > args.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {size} tokens, the model {args.vocab_size}: that of "
+            "another model?"
+        )
+    return Processor.from_directory(directory, args, tokenizer)

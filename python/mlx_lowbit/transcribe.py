@@ -1,0 +1,262 @@
+"""``mlx_lowbit.transcribe``: what is said in a recording, from a speech recognition model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from . import cli
+from .generate import stream_generate
+
+NAME = "mlx_lowbit.transcribe"
+# Of clips, unless they are the lines of subtitles.
+CLIP_SECONDS, SUBTITLE_SECONDS = 1200.0, 30.0
+FORMATS = ("txt", "json", "srt", "vtt")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is said in a clip: seconds in the recording, the language's name ("" if none), text."""
+
+    start: float
+    end: float
+    language: str
+    text: str
+
+
+@dataclass
+class Transcription:
+    """A recording's text.
+
+    Attributes:
+        language: names in the order they were heard, with commas between them.
+        audio_seconds: of the recording; ``seconds``: that it took.
+        last: mlx-lm's response with the statistics of the last clip.
+    """
+
+    language: str
+    text: str
+    segments: list[Segment]
+    audio_seconds: float
+    seconds: float
+    last: Any = field(default=None, repr=False)
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of work for a second of audio."""
+        return self.seconds / self.audio_seconds
+
+
+class Piece(NamedTuple):
+    """A part of a transcript as it comes: text to show, and the segment that it ends, if any."""
+
+    text: str
+    segment: Segment | None
+    response: Any
+
+
+def stream_transcribe(
+    model: nn.Module,
+    processor: Any,
+    audio: str | os.PathLike[str] | np.ndarray,
+    *,
+    language: str | None = None,
+    context: str = "",
+    max_tokens: int = 4096,
+    clip_seconds: float = CLIP_SECONDS,
+    **more: Any,
+) -> Generator[Piece, None, None]:
+    """The text of a recording as it comes, and a segment at the end of each clip.
+
+    Args:
+        model, processor: as :func:`mlx_lowbit.load` returns them for a speech recognition model.
+        audio: a file that soundfile reads (any rate, channels are averaged), or floats [samples]
+            at 16 kHz.
+        language: its name or code; None or "auto" leaves it to the model.
+        context: words that may come up.
+        max_tokens: of a clip at most.
+        clip_seconds: longer recordings are cut where they are lowest.
+        more: further keywords of :func:`mlx_lowbit.stream_generate`.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a file without sound, an unknown language, or another model.
+    """
+    if not hasattr(model, "audio_features"):
+        kind = getattr(model, "model_type", type(model).__name__)
+        raise ValueError(f"a model of type {kind} does not hear")
+    from .models.qwen3_asr_processing import cut, read_audio
+
+    samples = audio if isinstance(audio, np.ndarray) else read_audio(audio)
+    clips = cut(samples, clip_seconds)
+    for clip in tqdm(clips, desc="clips", disable=None if len(clips) > 1 else True):
+        inputs = processor(clip.samples, language, context)
+        heard = model.embed_inputs(mx.array([inputs.tokens]), mx.array(inputs.features))
+        ends, tokens, shown, response = processor.tokenizer.eos_token_ids, [], "", None
+        for response in stream_generate(
+            model,
+            processor.tokenizer,
+            inputs.tokens,
+            max_tokens=max_tokens,
+            input_embeddings=heard[0],
+            **more,
+        ):
+            if response.token not in ends:
+                tokens.append(response.token)
+            now = processor.parse(tokens, language)
+            # Only what later tokens cannot change: no part of a character, no language yet.
+            stable = now.text.rstrip("\ufffd") if now.language or language else ""
+            if stable.startswith(shown) and len(stable) > len(shown):
+                yield Piece(stable[len(shown) :], None, response)
+                shown = stable
+        heard_text = processor.parse(tokens, language)
+        segment = Segment(*clip.seconds, heard_text.language, heard_text.text)
+        rest = heard_text.text[len(shown) :] if heard_text.text.startswith(shown) else ""
+        yield Piece(rest, segment, response)
+
+
+def transcribe(
+    model: nn.Module, processor: Any, audio: str | os.PathLike[str] | np.ndarray, **keywords: Any
+) -> Transcription:
+    """The whole of :func:`stream_transcribe`, whose arguments it takes."""
+    return collect(stream_transcribe(model, processor, audio, **keywords))
+
+
+def collect(pieces: Generator[Piece, None, None], show: bool = False) -> Transcription:
+    """The transcription that pieces make; what there is of it where Ctrl-C ended them.
+
+    Args:
+        show: print the text as it comes.
+    """
+    from .models.qwen3_asr_processing import Transcript, join
+
+    begin, segments, last = time.perf_counter(), [], None
+    try:
+        for piece in pieces:
+            if show:
+                print(piece.text, end="", flush=True)
+            last = piece.response or last
+            if piece.segment is not None:
+                segments.append(piece.segment)
+    except KeyboardInterrupt:
+        pieces.close()
+    if show:
+        print()
+    whole = join(Transcript(s.language, s.text) for s in segments)
+    audio = segments[-1].end if segments else 0.0
+    return Transcription(
+        whole.language, whole.text, segments, audio, time.perf_counter() - begin, last
+    )
+
+
+def clock(seconds: float, comma: str) -> str:
+    """hh:mm:ss and milliseconds after `comma`."""
+    whole = round(seconds * 1000)
+    hours, rest = divmod(whole, 3_600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02}:{minutes:02}:{rest // 1000:02}{comma}{rest % 1000:03}"
+
+
+def formatted(found: Transcription, output_format: str) -> str:
+    """A transcription as txt, json, srt or vtt.
+
+    Raises:
+        ValueError: another format.
+    """
+    if output_format == "txt":
+        return found.text + "\n"
+    if output_format == "json":
+        document = {
+            "language": found.language,
+            "text": found.text,
+            "segments": [asdict(segment) for segment in found.segments],
+            "audio_seconds": found.audio_seconds,
+        }
+        return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+    if output_format not in FORMATS:
+        raise ValueError(f"output_format: expected {', '.join(FORMATS)}, got {output_format!r}")
+    comma = "," if output_format == "srt" else "."
+    lines = [] if output_format == "srt" else ["WEBVTT", ""]
+    for number, segment in enumerate(found.segments, 1):
+        lines += [str(number)] if output_format == "srt" else []
+        lines.append(f"{clock(segment.start, comma)} --> {clock(segment.end, comma)}")
+        lines += [segment.text, ""]
+    return "\n".join(lines) + ("" if lines and lines[-1] == "" else "\n")
+
+
+def write(content: str, path: Path) -> None:
+    """The file at `path`, whole or not at all."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, delete=False, encoding="utf-8"
+    ) as temporary:
+        temporary.write(content)
+    os.replace(temporary.name, path)
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog=NAME, description="Writes down what a recording says.")
+    parser.add_argument("audio", help="a file that soundfile reads: wav, flac, ogg, mp3")
+    cli.add_model_options(parser)
+    parser.add_argument("--language", help="its name or code; default: the model hears it")
+    parser.add_argument("--context", default="", help="words that may come up")
+    parser.add_argument("--max-tokens", "-m", type=int, default=4096, help="of a clip")
+    parser.add_argument("--clip-seconds", type=float, help="longer recordings are cut")
+    parser.add_argument("--output-format", choices=FORMATS, default="txt")
+    parser.add_argument("--output-path", "-o", type=Path, help="a file instead of the terminal")
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> int:
+    from .load import load
+
+    subtitles = options.output_format in ("srt", "vtt")
+    clip_seconds = options.clip_seconds or (SUBTITLE_SECONDS if subtitles else CLIP_SECONDS)
+    model, processor = load(options.model, **cli.load_options(options))
+    pieces = stream_transcribe(
+        model,
+        processor,
+        options.audio,
+        language=options.language,
+        context=options.context,
+        max_tokens=options.max_tokens,
+        clip_seconds=clip_seconds,
+    )
+    found = collect(pieces, show=options.stream)
+    if options.output_path is not None:
+        write(formatted(found, options.output_format), options.output_path)
+    elif not options.stream or options.output_format != "txt":
+        print(formatted(found, options.output_format), end="")
+    if not found.segments:
+        return 130
+    print("=" * 10)
+    print(f"Language: {found.language or 'none'}")
+    if found.last is not None:
+        print(cli.statistics(found.last))
+    print(
+        f"Audio: {found.audio_seconds:.2f} s in {found.seconds:.2f} s, "
+        f"real-time factor {found.real_time_factor:.3f}"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    return cli.run(NAME, _command, setup_arg_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
