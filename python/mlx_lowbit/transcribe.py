@@ -10,15 +10,17 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from tqdm import tqdm
 
 from . import cli
 from .generate import stream_generate
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "mlx_lowbit.transcribe"
 # Of clips, unless they are the lines of subtitles.
@@ -99,7 +101,7 @@ def stream_transcribe(
         raise ValueError(f"a model of type {kind} does not hear")
     from .models.qwen3_asr_processing import cut, read_audio
 
-    samples = audio if isinstance(audio, np.ndarray) else read_audio(audio)
+    samples = read_audio(audio) if isinstance(audio, (str, os.PathLike)) else audio
     clips = cut(samples, clip_seconds)
     for clip in tqdm(clips, desc="clips", disable=None if len(clips) > 1 else True):
         inputs = processor(clip.samples, language, context)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,10 @@ def test_what_is_no_command(argv, status, monkeypatch, capsys):
     assert commands.main(argv) == status
     out, err = capsys.readouterr()
     assert "transcribe" in (err if status else out)
+
+
+def test_the_package_imports_nothing_heavy():
+    heavy = ("mlx_lm", "transformers", "torch", "numpy", "PIL", "soundfile", "huggingface_hub")
+    code = f"import sys, mlx_lowbit; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done

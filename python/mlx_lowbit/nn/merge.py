@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
-import numpy as np
 
 from .. import _ext, ops
 from .experts import QQSwitchProduct, SwitchProduct
@@ -149,8 +148,10 @@ class StackSiblings(Siblings):
         Its values are there at once, so that no trace of MLX's takes it for one of its nodes.
         """
         if dims not in self._starts:
-            firsts = np.array([0, *self.bounds], np.int64)
-            self._starts[dims] = mx.array(firsts.reshape(-1, *[1] * dims))
+            firsts: list[Any] = [0, *self.bounds]
+            for _ in range(dims):
+                firsts = [[first] for first in firsts]
+            self._starts[dims] = mx.array(firsts, mx.int64)
         return self._starts[dims]
 
 
