@@ -17,6 +17,7 @@ from checkpoint_values import (
     assert_same,
     checkpoint,
     config,
+    need_global_scales_of_experts,
     new_model,
     parameters,
     published,
@@ -156,6 +157,7 @@ def test_a_named_layer_that_is_not_there_is_warned_of(tmp_path):
 
 
 def test_a_global_scale_for_each_expert(tmp_path):
+    need_global_scales_of_experts()
     settings = config()
     model = new_model(settings)
     block: dict[str, Any] = {"group_size": 16, "bits": 4, "mode": "nvfp4"}

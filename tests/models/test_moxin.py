@@ -36,6 +36,15 @@ TEXT[0, 0] = 1
 PIXELS = np.random.default_rng(6).standard_normal((1, 6, 42, 42)).astype(np.float32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """torch's threads would cost such small products more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def composite():
     return values.Composite()

@@ -353,7 +353,7 @@ def test_end_tokens_of_the_configuration(place, tmp_path):
     config |= {"top": {**CONFIG, "eos_token_id": [5]}, "generation_config.json": CONFIG}
     if place not in ("text_config", "top"):
         (tmp_path / place).write_text('{"eos_token_id": 5}')
-    assert moxin_vlm.load_processor(tmp_path, config[place]).tokenizer.eos_token_ids == {5}
+    assert moxin_vlm.load_processor(tmp_path, config[place]).tokenizer.eos_token_ids == {5, EOS}
 
 
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path):

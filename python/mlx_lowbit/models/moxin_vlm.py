@@ -351,6 +351,7 @@ def load_processor(directory: str | Path, config: dict[str, Any]) -> Processor:
             the model.
     """
     from mlx_lm.tokenizer_utils import load
+    from transformers import LlamaConfig
 
     from ..load import end_tokens
     from .moxin_processing import Processor
@@ -360,8 +361,10 @@ def load_processor(directory: str | Path, config: dict[str, Any]) -> Processor:
         raise FileNotFoundError(f"{directory}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     ends = end_tokens(directory, config)
     ends = args.text_config.get("eos_token_id") if ends is None else ends
+    # A tokenizer of Llama's family; transformers itself does not know this model_type.
+    options = {"local_files_only": True, "config": LlamaConfig()}
     try:
-        tokenizer = load(directory, {"local_files_only": True}, eos_token_ids=ends)
+        tokenizer = load(directory, options, eos_token_ids=ends)
     # What the libraries below raise for damaged files is not limited to one class.
     except Exception as error:
         reason = " ".join(str(error).split())
