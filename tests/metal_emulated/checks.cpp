@@ -98,26 +98,29 @@ using msl::record_access;
     record_access(a, n, false, PC), record_access(a, n, true, PC);                      \
   }
 TSAN_CALLBACKS(1)
-TSAN_CALLBACKS(2) TSAN_CALLBACKS(4) TSAN_CALLBACKS(8) TSAN_CALLBACKS(16)
+TSAN_CALLBACKS(2)
+TSAN_CALLBACKS(4)
+TSAN_CALLBACKS(8)
+TSAN_CALLBACKS(16)
 
-    extern "C" {
-  void __tsan_init() {}
-  void __tsan_func_entry(void*) {}
-  void __tsan_func_exit() {}
-  void __tsan_vptr_update(void**, void*) {}
-  void __tsan_vptr_read(void**) {}
-  void __tsan_read_range(void* a, size_t n) { record_access(a, n, false, PC); }
-  void __tsan_write_range(void* a, size_t n) { record_access(a, n, true, PC); }
-  void* __tsan_memset(void* d, int v, size_t n) {
-    record_access(d, n, true, PC);
-    return memset(d, v, n);
-  }
-  void* __tsan_memcpy(void* d, const void* s, size_t n) {
-    record_access(s, n, false, PC), record_access(d, n, true, PC);
-    return memcpy(d, s, n);
-  }
-  void* __tsan_memmove(void* d, const void* s, size_t n) {
-    record_access(s, n, false, PC), record_access(d, n, true, PC);
-    return memmove(d, s, n);
-  }
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_read_range(void* a, size_t n) { record_access(a, n, false, PC); }
+void __tsan_write_range(void* a, size_t n) { record_access(a, n, true, PC); }
+void* __tsan_memset(void* d, int v, size_t n) {
+  record_access(d, n, true, PC);
+  return memset(d, v, n);
+}
+void* __tsan_memcpy(void* d, const void* s, size_t n) {
+  record_access(s, n, false, PC), record_access(d, n, true, PC);
+  return memcpy(d, s, n);
+}
+void* __tsan_memmove(void* d, const void* s, size_t n) {
+  record_access(s, n, false, PC), record_access(d, n, true, PC);
+  return memmove(d, s, n);
+}
 }

@@ -42,7 +42,8 @@ def ours(theirs: Any, name: str) -> mlx_nn.Module:
 
 
 def both(name: str) -> tuple[Any, mlx_nn.Module, np.ndarray]:
-    pytest.importorskip("torch")
+    # Small products; a second thread would only contend with the kernels.
+    pytest.importorskip("torch").set_num_threads(1)
     pytest.importorskip("transformers")
     settings, correction, rotary = MODELS[name]
     theirs = transformers_model(settings, correction, rotary, seed=5)

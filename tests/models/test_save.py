@@ -307,6 +307,22 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     assert_same(load(save(model, tmp_path / "saved"))[0], model)
 
 
+def test_a_path_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    model, _ = load(checkpoint(tmp_path / "source"), bits=4)
+    own = mx.save_safetensors
+
+    def appear(name: str, *arguments: Any, **named: Any) -> None:
+        (tmp_path / "saved").mkdir()
+        (tmp_path / "saved" / "of another process").write_text("x")
+        own(name, *arguments, **named)
+
+    monkeypatch.setattr(mx, "save_safetensors", appear)
+    with pytest.raises(OSError):
+        save(model, tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["of another process"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "source"]
+
+
 def test_too_little_space(tmp_path, monkeypatch):
     class Usage(NamedTuple):
         free: int = 1000

@@ -41,12 +41,20 @@ typedef __bf16 bfloat;
   typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
 MSL_VECTORS(char)
-MSL_VECTORS(uchar) MSL_VECTORS(short) MSL_VECTORS(ushort) MSL_VECTORS(int) MSL_VECTORS(uint)
-    MSL_VECTORS(long) MSL_VECTORS(ulong) MSL_VECTORS(half) MSL_VECTORS(bfloat)
-        MSL_VECTORS(float) MSL_VECTORS(bool)
+MSL_VECTORS(uchar)
+MSL_VECTORS(short)
+MSL_VECTORS(ushort)
+MSL_VECTORS(int)
+MSL_VECTORS(uint)
+MSL_VECTORS(long)
+MSL_VECTORS(ulong)
+MSL_VECTORS(half)
+MSL_VECTORS(bfloat)
+MSL_VECTORS(float)
+MSL_VECTORS(bool)
 
-            template <class To, class From>
-            inline constexpr To as_type(From v) {
+template <class To, class From>
+inline constexpr To as_type(From v) {
   static_assert(sizeof(To) == sizeof(From));
   return __builtin_bit_cast(To, v);
 }
@@ -125,14 +133,23 @@ inline constexpr bool msl_is_arithmetic = msl_is_float<T> || std::is_integral_v<
     return (T)(expression);                                     \
   }
 MSL_UNARY(sqrt, ::sqrtf(x))
-MSL_UNARY(rsqrt, 1.0f / ::sqrtf(x)) MSL_UNARY(exp, ::expf(x)) MSL_UNARY(exp2, ::exp2f(x))
-    MSL_UNARY(log, ::logf(x)) MSL_UNARY(log2, ::log2f(x)) MSL_UNARY(fabs, ::fabsf(x))
-        MSL_UNARY(floor, ::floorf(x)) MSL_UNARY(ceil, ::ceilf(x)) MSL_UNARY(round, ::roundf(x))
-            MSL_UNARY(rint, ::rintf(x)) MSL_UNARY(trunc, ::truncf(x)) MSL_UNARY(sin, ::sinf(x))
-                MSL_UNARY(cos, ::cosf(x)) MSL_UNARY(tanh, ::tanhf(x))
+MSL_UNARY(rsqrt, 1.0f / ::sqrtf(x))
+MSL_UNARY(exp, ::expf(x))
+MSL_UNARY(exp2, ::exp2f(x))
+MSL_UNARY(log, ::logf(x))
+MSL_UNARY(log2, ::log2f(x))
+MSL_UNARY(fabs, ::fabsf(x))
+MSL_UNARY(floor, ::floorf(x))
+MSL_UNARY(ceil, ::ceilf(x))
+MSL_UNARY(round, ::roundf(x))
+MSL_UNARY(rint, ::rintf(x))
+MSL_UNARY(trunc, ::truncf(x))
+MSL_UNARY(sin, ::sinf(x))
+MSL_UNARY(cos, ::cosf(x))
+MSL_UNARY(tanh, ::tanhf(x))
 
-                    template <class T>
-                    inline T abs(T x) {
+template <class T>
+inline T abs(T x) {
   if constexpr (std::is_unsigned_v<T>)
     return x;
   else
