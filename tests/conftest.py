@@ -69,8 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if target := config.getoption("--target"):
         os.environ["MLX_LOWBIT_TARGET"] = target
     hypothesis.settings.load_profile(config.getoption("--profile"))
+    # The processes of pytest-xdist take the seed of the one that starts them.
     seed = config.getoption("--seed")
-    config.stash[SEED] = random.SystemRandom().randrange(2**32) if seed is None else seed
+    if seed is None:
+        seed = int(os.environ.get("MLX_LOWBIT_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    os.environ["MLX_LOWBIT_TEST_SEED"] = str(seed)
+    config.stash[SEED] = seed
     if config.getoption("--hypothesis-seed", default=None) is None:
         hypothesis.core.global_force_seed = config.stash[SEED]
 

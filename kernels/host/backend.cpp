@@ -10,7 +10,15 @@ namespace lowbit {
 
 namespace {
 
-std::atomic<const Backend*> loaded{nullptr};
+const Backend* of_extension() {
+#ifdef LOWBIT_METAL
+  return metal_backend();
+#else
+  return nullptr;
+#endif
+}
+
+std::atomic<const Backend*> loaded{of_extension()};
 
 }  // namespace
 
@@ -32,7 +40,7 @@ void load_cuda(const std::string& path) {
   loaded = backend;
 }
 
-bool cuda_loaded() { return loaded != nullptr; }
+bool gpu_loaded() { return loaded != nullptr; }
 
 const Backend& gpu() {
   const Backend* backend = loaded;

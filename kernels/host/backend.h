@@ -1,6 +1,7 @@
 // What a backend owes. Arrays stop here: below `launch` there are pointers and plain structs.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 
 #include "product.h"
@@ -26,8 +27,8 @@ struct MemoryUse {
   size_t active, peak, cached;
 };
 
-// A GPU backend, as its shared object hands it over. The three launches keep the contract of
-// the CPU's above.
+// A GPU backend, as it hands itself over. The three launches keep the contract of the CPU's
+// above.
 struct Backend {
   // LOWBIT_BUILD of the object: the versions and the hash of the headers that both sides were
   // compiled with. Compared before any other member is read, so it stays the first.
@@ -44,6 +45,12 @@ struct Backend {
                             const std::optional<mx::array>& biases,
                             const std::optional<mx::array>& global_scale, mx::array& out,
                             mx::Stream);
+  // Compiles what a product, or Quantize (encode) and Dequantize of a dtype, will launch. For
+  // backends that compile when they run; elsewhere null. Throws KernelRefused.
+  void (*prepare)(const Problem&, int device);
+  void (*prepare_elements)(Format, Dtype, bool encode, int device);
+  // Whether x may have any strides; otherwise it is put in row order first.
+  bool takes_strides;
   // Whether the plan of a product on that device uses tensor cores.
   bool (*on_tensor_cores)(const Problem&, int device);
   // Who multiplies on that device.
@@ -52,14 +59,27 @@ struct Backend {
   std::string (*explain)(const Problem&, int device);
 };
 
+// What the device's own compiler said of a kernel that it would not compile.
+struct KernelRefused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // The one function that the shared object exports, and its name.
 using BackendFunction = const Backend*();
 inline constexpr const char* kCudaBackendFunction = "lowbit_cuda_backend";
+// The Metal backend belongs to the extension where that was built for macOS.
+inline constexpr bool kHasMetal =
+#ifdef LOWBIT_METAL
+    true;
+#else
+    false;
+#endif
+const Backend* metal_backend();
 
 // Loads the CUDA backend from `path`, once in a process; later calls do nothing. Throws
 // std::runtime_error that says what is wrong with the object.
 void load_cuda(const std::string& path);
-bool cuda_loaded();
+bool gpu_loaded();
 // The GPU backend. Throws std::runtime_error when none is loaded.
 const Backend& gpu();
 

@@ -28,7 +28,7 @@ double main_memory() {
 }
 
 double gpu_memory(int device) {
-  return cuda_loaded() ? double(gpu().total_memory(device)) : kUnknown;
+  return gpu_loaded() ? double(gpu().total_memory(device)) : kUnknown;
 }
 
 }  // namespace

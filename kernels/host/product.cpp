@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include "backend.h"
+#include "mlx/ops.h"
 
 namespace lowbit {
 
@@ -21,9 +22,13 @@ mx::array Product::make(const ProductKind& kind, const ProductInputs& in,
                         mx::StreamOrDevice s) {
   const mx::Stream stream = mx::to_stream(s);
   const auto primitive = std::make_shared<Product>(stream, kind);
-  auto inputs = in.list();
-  auto shape = primitive->output_shapes(inputs)[0];
+  auto shape = primitive->output_shapes(in.list())[0];
   if (const auto y = product_by_mlx(primitive, in, shape)) return *y;
+  auto inputs = in.list();
+  if (stream.device == mx::Device::gpu && gpu_loaded()) {
+    if (!gpu().takes_strides) inputs[0] = mx::contiguous(in.x, false, stream);
+    if (gpu().prepare) gpu().prepare(problem_of(kind, in), stream.device.index);
+  }
   return mx::array(std::move(shape), in.x.dtype(), primitive, std::move(inputs));
 }
 

@@ -77,6 +77,8 @@ struct ProductShape {
   static ProductShape of(const ProductKind&, const ProductInputs&);
 };
 
+Problem problem_of(const ProductKind&, const ProductInputs&);
+
 // The product where the plan of a GPU leaves it to MLX, or nothing.
 std::optional<mx::array> product_by_mlx(const std::shared_ptr<Product>&, const ProductInputs&,
                                         const mx::Shape& shape);

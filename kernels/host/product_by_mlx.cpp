@@ -90,13 +90,9 @@ array straight_through(const std::shared_ptr<Product>& primitive, std::vector<ar
 std::optional<array> product_by_mlx(const std::shared_ptr<Product>& primitive,
                                     const ProductInputs& in, const mx::Shape& shape) {
   const mx::Stream s = primitive->stream();
-  if (s.device != mx::Device::gpu || !cuda_loaded()) return {};
+  if (s.device != mx::Device::gpu || !gpu_loaded()) return {};
   const ProductKind& kind = primitive->kind();
-  const ProductShape p = ProductShape::of(kind, in);
-  const Dtype dtype = dtype_of(in.x.dtype());
-  const Route route = gpu().route(
-      {kind.format, dtype, dtype, p.M, p.N, p.K, kind.transpose, kind.quantize_x, kind.gather},
-      s.device.index);
+  const Route route = gpu().route(problem_of(kind, in), s.device.index);
   if (route == Route::kernel) return {};
   // MLX takes both global scales or none.
   const bool scaled =

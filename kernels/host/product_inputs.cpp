@@ -53,4 +53,11 @@ ProductShape ProductShape::of(const ProductKind& kind, const ProductInputs& in) 
   return s;
 }
 
+Problem problem_of(const ProductKind& kind, const ProductInputs& in) {
+  const ProductShape s = ProductShape::of(kind, in);
+  const Dtype dtype = dtype_of(in.x.dtype());
+  return {kind.format,    dtype,           dtype,       s.M,     s.N,         s.K,
+          kind.transpose, kind.quantize_x, kind.gather, s.pairs, s.w_matrices};
+}
+
 }  // namespace lowbit

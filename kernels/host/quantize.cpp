@@ -18,6 +18,12 @@ OptionalArray input(const std::vector<array>& inputs, size_t i) {
   return i < inputs.size() ? OptionalArray(inputs[i]) : std::nullopt;
 }
 
+// Compiles the kernel where that has to be done here.
+void prepare(Format format, mx::Dtype dtype, bool encode, mx::Stream stream) {
+  if (stream.device == mx::Device::gpu && gpu_loaded() && gpu().prepare_elements)
+    gpu().prepare_elements(format, dtype_of(dtype), encode, stream.device.index);
+}
+
 // Moves every batch axis to the front; arrays without one are repeated.
 std::vector<array> batched(const std::vector<array>& inputs, const std::vector<int>& axes,
                            size_t count, mx::Stream stream) {
@@ -151,7 +157,9 @@ std::tuple<array, array, OptionalArray> quantize(const array& w, Format format,
                  "; group sizes that fit: ", fitting.tellp() ? fitting.str() : "none");
   }
   check.global_scale("global_scale", global_scale);
-  const auto primitive = std::make_shared<Quantize>(mx::to_stream(s), format);
+  const mx::Stream stream = mx::to_stream(s);
+  prepare(format, w.dtype(), true, stream);
+  const auto primitive = std::make_shared<Quantize>(stream, format);
   std::vector<array> inputs{contiguous(w, false, s)};
   if (global_scale) inputs.push_back(*global_scale);
   const auto shapes = primitive->output_shapes(inputs);
@@ -185,7 +193,9 @@ array dequantize(const array& w, const array& scales, const OptionalArray& biase
     inputs.push_back(contiguous(astype(*biases, natural, s), false, s));
   }
   if (global_scale) inputs.push_back(*global_scale);
-  return array(shape, out, std::make_shared<Dequantize>(mx::to_stream(s), format, out), inputs);
+  const mx::Stream stream = mx::to_stream(s);
+  prepare(format, out, false, stream);
+  return array(shape, out, std::make_shared<Dequantize>(stream, format, out), inputs);
 }
 
 }  // namespace lowbit

@@ -28,14 +28,29 @@ constant constexpr int kPad = 8;        // so that rows of x^T lie in different 
 // is to be NaN: its row of x is kNoX.
 constant constexpr int kNoRow = -1, kNoX = -2;
 
-template <class T, int Tokens>
-METAL_FUNC void stage_x(threadgroup T* staged, const threadgroup int* rows, const device T* x,
+// What x and weights are multiplied as: x's type, where it holds every weight. Powers of two of
+// e8m0 reach beyond float16.
+template <class F, class T>
+struct Operand {
+  using type = T;
+};
+template <>
+struct Operand<Mxfp4, half> {
+  using type = float;
+};
+template <>
+struct Operand<Mxfp8, half> {
+  using type = float;
+};
+
+template <class C, class T, int Tokens>
+METAL_FUNC void stage_x(threadgroup C* staged, const threadgroup int* rows, const device T* x,
                         int K, int k0, uint thread_index, uint threads) {
   for (int i = int(thread_index); i < kDepth * Tokens; i += int(threads)) {
     const int token = i / kDepth, at = i % kDepth, code = at % kChunk;
     const int row = (code / 2) * 8 + 2 * (at / kChunk) + code % 2;
-    T value = T(0.0f);
-    if (rows[token] >= 0 && k0 + at < K) value = x[ulong(rows[token]) * K + k0 + at];
+    C value = C(0.0f);
+    if (rows[token] >= 0 && k0 + at < K) value = C(x[ulong(rows[token]) * K + k0 + at]);
     staged[row * (Tokens + kPad) + token] = value;
   }
 }
@@ -68,7 +83,8 @@ template <class F, class T, int Tokens>
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup T staged[kDepth * (Tokens + kPad)];
+  using C = typename Operand<F, T>::type;
+  threadgroup C staged[kDepth * (Tokens + kPad)];
   threadgroup int x_rows[Tokens];
   threadgroup int y_rows[Tokens];
   const int N = args.N, K = args.K;
@@ -110,7 +126,7 @@ template <class F, class T, int Tokens>
 
   for (int k0 = 0; k0 < K; k0 += kDepth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage_x<T, Tokens>(staged, x_rows, x, K, k0, thread_index, threads);
+    stage_x<C, T, Tokens>(staged, x_rows, x, K, k0, thread_index, threads);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     const int chunk = k0 / kChunk + quarter;
@@ -135,16 +151,16 @@ template <class F, class T, int Tokens>
     }
     // Codes that do not exist meet zeros of x; their weights are finite numbers at most.
     for (int i = 0; i < kChunk / 2; i++) {
-      simdgroup_matrix<T, 8, 8> weights[kFragments];
+      simdgroup_matrix<C, 8, 8> weights[kFragments];
       for (int f = 0; f < kFragments; f++) {
         const Scale s = scale[f][2 * i / Chunk<F>::kGroup];
         for (int j = 0; j < 2; j++) {
           const float value = fma(s.scale, codes[f].value(2 * i + j), s.bias);
-          weights[f].thread_elements()[j] = T(2 * i < codes_there ? value : 0.0f);
+          weights[f].thread_elements()[j] = C(2 * i < codes_there ? value : 0.0f);
         }
       }
       for (int t = 0; t < Tokens / 8; t++) {
-        simdgroup_matrix<T, 8, 8> tokens;
+        simdgroup_matrix<C, 8, 8> tokens;
         simdgroup_load(tokens, staged + i * 8 * (Tokens + kPad) + 8 * t, Tokens + kPad);
         for (int f = 0; f < kFragments; f++)
           simdgroup_multiply_accumulate(sums[f][t], weights[f], tokens, sums[f][t]);

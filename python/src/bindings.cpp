@@ -17,6 +17,7 @@
 #include "host/fixed_product.h"
 #include "host/ops.h"
 #include "host/plan.h"
+#include "metal/source.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -207,6 +208,46 @@ NB_MODULE(_ext, m) {
       "(words, kernel, tokens, rows, stages, split_k) of a product on a CUDA device that need "
       "not be here, or of `pairs` of M rows with some of `matrices` matrices of w; dtype 0, 1, "
       "2: float32, float16, bfloat16; kernel 0, 1, 2: matvec, matmul, simt.");
+
+  m.def(
+      "metal_plan",
+      [](int format, int dtype, int64_t M, int64_t N, int64_t K, bool transpose,
+         bool quantize_x, int64_t pairs, int64_t matrices, char size) {
+        const lowbit::Dtype type{dtype};
+        const lowbit::Problem problem{Format(format), type,       type,      M,     N,       K,
+                                      transpose,      quantize_x, pairs > 0, pairs, matrices};
+        const lowbit::metal::Device device{size};
+        const auto plan = lowbit::metal::plan(problem, device);
+        return std::make_tuple(lowbit::metal::describe(problem, plan, device), int(plan.kernel),
+                               plan.tokens, plan.simdgroups, plan.grouped);
+      },
+      "format"_a, "dtype"_a, "M"_a, "N"_a, "K"_a, "transpose"_a = true, "quantize_x"_a = false,
+      "pairs"_a = 0, "matrices"_a = 0, "size"_a = 'g',
+      "(words, kernel, tokens, simdgroups, grouped) of a product on an Apple GPU that need not "
+      "be here; arguments as cuda_plan's; size is the letter that ends its architecture's "
+      "name; "
+      "kernel 0, 1, 2: matvec, matmul, vecmat.");
+  m.def(
+      "metal_source",
+      [](const std::vector<int>& kernels, int format) {
+        std::vector<lowbit::metal::Instance> all;
+        for (int kernel : kernels)
+          for (const auto& i :
+               lowbit::metal::instances(lowbit::metal::Kernel(kernel), Format(format)))
+            all.push_back(i);
+        std::vector<std::tuple<std::string, int, int, int>> entries;
+        for (const auto& i : all)
+          entries.emplace_back(lowbit::metal::name(i), int(i.kernel), int(i.dtype), i.tokens);
+        return std::make_tuple(lowbit::metal::text(all), entries);
+      },
+      "kernels"_a, "format"_a,
+      "(Metal source, [(entry point, kernel, dtype, tokens)]) of every instance of kernels of "
+      "one "
+      "source file in a format; kernels 0 to 6: matvec, matmul, vecmat, quantize, dequantize, "
+      "round_trip, group.");
+
+  m.attr("has_metal") = lowbit::kHasMetal;
+  nb::exception<lowbit::KernelRefused>(m, "KernelRefused", PyExc_RuntimeError);
 
   m.attr("cuda_build") = LOWBIT_CUDA_BUILD;
   m.attr("build") = LOWBIT_BUILD;

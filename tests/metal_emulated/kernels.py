@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import struct
-from pathlib import Path
 from typing import Any
 
 import emulator
 import mlx.core as mx
 import numpy as np
 import oracle
+from mlx_lowbit import _ext
 from mlx_lowbit.formats import Format
 
-SOURCES = Path(__file__).parents[2] / "kernels" / "metal"
-DTYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
-# Tokens of a tile, in the order of the plan.
-VARIANTS = {"matvec": (1, 2, 4, 8), "matmul": (8, 16, 32, 64)}
-ROWS_OF_SIMDGROUP = {"matvec": 4, "matmul": 32}
+# Numbers of kernels/metal/plan.h's Kernel; `quantize` also stands for the other two of its file.
+KERNELS = ("matvec", "matmul", "vecmat", "quantize", "dequantize", "round_trip", "group")
+ELEMENTS = KERNELS[3:6]
+ROWS_OF_SIMDGROUP = {"matvec": 4, "matmul": 32, "vecmat": 1024}
 FLOAT_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
@@ -25,47 +24,29 @@ def name_of(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def cpp_type(fmt: Format) -> str:
-    """The class of kernels/formats."""
-    return f"Affine{fmt.bits}<{fmt.group_size}>" if fmt.has_biases else fmt.mode.capitalize()
+def numbers(family: str) -> list[int]:
+    return [KERNELS.index(name) for name in (ELEMENTS if family == "quantize" else [family])]
 
 
-def tiles(family: str, dtype: mx.Dtype) -> tuple[int, ...]:
-    """Those whose x fits 32 KiB of threadgroup memory."""
-    of_family = VARIANTS[family]
-    return of_family[:-1] if family == "matmul" and dtype == mx.float32 else of_family
-
-
-def instances(family: str, fmt: Format) -> list[str]:
-    """Explicit instantiations of all kernels of a family in a format."""
-    lines = []
-    for dtype, metal in DTYPES.items():
-        arguments = f"{cpp_type(fmt)}, {metal}"
-        if family == "quantize":
-            names = ["quantize", "dequantize"] + ([] if fmt.has_biases else ["round_trip"])
-            kernels = [(n, f"{n}_{fmt.name}_{name_of(dtype)}", arguments) for n in names]
-        else:
-            kernels = [
-                (family, f"{family}_{fmt.name}_{name_of(dtype)}_{t}", f"{arguments}, {t}")
-                for t in tiles(family, dtype)
-            ]
-        for function, name, types in kernels:
-            lines.append(
-                f'template [[host_name("{name}")]] [[kernel]] '
-                f"decltype({function}<{types}>) {function}<{types}>;"
-            )
-    return lines
+def tiles(family: str, fmt: Format, dtype: mx.Dtype) -> tuple[int, ...]:
+    """Tokens of the tiles that there are."""
+    entries = _ext.metal_source(numbers(family), fmt.id)[1]
+    return tuple(t for _, _, of, t in entries if of == FLOAT_TYPE[name_of(dtype)])
 
 
 def source(family: str, fmt: Format | None = None) -> str:
-    """What a library of a family is made from."""
-    lines = [f'#include "{family}.h"', "using namespace lowbit;"]
-    return "\n".join([*lines, *(instances(family, fmt) if fmt else [])])
+    """What the host gives to the compiler, with every instance of a format."""
+    return visible(_ext.metal_source(numbers(family), fmt.id if fmt else 0)[0])
+
+
+def visible(source: str) -> str:
+    """The text with names that the emulator's entry points, at its end, can see."""
+    return source + "using namespace lowbit;\n"
 
 
 @functools.lru_cache(maxsize=64)
 def library(family: str, fmt: Format | None, kind: emulator.Kind) -> emulator.Library:
-    return emulator.compile(source(family, fmt), kind, str(SOURCES / "kernel.metal"))
+    return emulator.compile(source(family, fmt), kind)
 
 
 def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -95,12 +76,12 @@ def product(
 ) -> tuple[np.ndarray, emulator.Report]:
     """(y, report) of x [M, K] or, with `rhs` [pairs], x [matrices, M, K] and a stack of w.
 
-    y is [M, N] or [pairs, M, N].
+    y is [M, N] or [pairs, M, N]. Of `vecmat` w is [K, N].
     """
     gathered = rhs is not None
     stack = x if gathered else x[None]
     x_matrices, M, K = stack.shape
-    N = w.words.shape[-2]
+    N = w.words.shape[-1] * 32 // fmt.bits if family == "vecmat" else w.words.shape[-2]
     pairs = len(rhs) if gathered else 1
     matrices = len(w.words) if gathered else 1
     counts = 0 if global_scale is None else 1

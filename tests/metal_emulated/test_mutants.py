@@ -6,7 +6,6 @@ import faulthandler
 import multiprocessing
 import os
 import re
-import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -21,25 +20,30 @@ BARRIER = re.compile(r"^ *threadgroup_barrier\(.*\);\n", re.M)
 ARRAY = re.compile(r"^( *threadgroup \w+ \w+\[)(.*)(\];)$", re.M)
 
 
-def mutants(file):
-    """(what, text) of each mutant of a header."""
-    text = (kernels.SOURCES / file).read_text()
-    for found in BARRIER.finditer(text):
-        line = text.count("\n", 0, found.start()) + 1
-        yield f"{file}:{line} without its barrier", text[: found.start()] + text[found.end() :]
+FORMAT = formats.get(bits=4, group_size=64)
+FAMILIES = ("matmul", "group")
+
+
+def mutants(family):
+    """(what, text) of each mutant of a library's text."""
+    text = kernels.source(family, FORMAT)
+    for i, found in enumerate(BARRIER.finditer(text)):
+        yield f"{family} without barrier {i}", text[: found.start()] + text[found.end() :]
     for found in ARRAY.finditer(text):
         short = f"{found[1]}({found[2]}) * 3 / 4{found[3]}"
-        line = text.count("\n", 0, found.start()) + 1
-        yield f"{file}:{line} shortened", text[: found.start()] + short + text[found.end() :]
+        yield (
+            f"{found[1].split()[-1]}] shortened",
+            text[: found.start()] + short + text[found.end() :],
+        )
 
 
-ALL = [(file, *m) for file in ("matmul.h", "group.h") for m in mutants(file)]
+ALL = [(family, *m) for family in FAMILIES for m in mutants(family)]
 
 
 def wrong_product(seed):
     """Whether a checked launch of two tiles of K shows a problem or wrong numbers."""
     rng = np.random.default_rng(seed)
-    fmt = formats.get(bits=4, group_size=64)
+    fmt = FORMAT
     x = strategies.activations(rng, (17, 320), mx.float16)
     w = strategies.random_weight(rng, fmt, 70, 320, mx.float16)
     y, report = kernels.product("matmul", fmt, x, w, 16, kind="check", seed=seed)
@@ -58,12 +62,12 @@ def wrong_order(seed):
     return not np.array_equal(got[:100], np.argsort(rhs, kind="stable"))
 
 
-def noticed(file):
+def noticed(family):
     """In a process of its own: a mutant that reads anywhere may end it, which counts."""
 
     def launches():
         faulthandler.disable()
-        wrong = wrong_product if file == "matmul.h" else wrong_order
+        wrong = wrong_product if family == "matmul" else wrong_order
         os._exit(any(wrong(seed) for seed in range(3)))
 
     process = multiprocessing.get_context("fork").Process(target=launches)
@@ -72,23 +76,25 @@ def noticed(file):
     return process.exitcode != 0
 
 
-@pytest.mark.parametrize("file", ["matmul.h", "group.h"])
-def test_the_text_as_it_is_passes(file):
-    assert not noticed(file)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_as_it_is_passes(family):
+    assert not noticed(family)
+
+
+@pytest.mark.parametrize("family", ["matvec", "vecmat", "quantize"])
+def test_the_others_have_nothing_to_drop(family):
+    assert not list(mutants(family))
 
 
 def test_there_are_mutants():
     assert len(ALL) >= 7
 
 
-@pytest.mark.parametrize("file, what, text", ALL, ids=[what for _, what, _ in ALL])
-def test_mutants_are_noticed(file, what, text, tmp_path, monkeypatch):
-    for folder in ("metal", "formats"):
-        shutil.copytree(kernels.SOURCES.parent / folder, tmp_path / "kernels" / folder)
-    (tmp_path / "kernels" / "metal" / file).write_text(text)
-    monkeypatch.setattr(kernels, "SOURCES", tmp_path / "kernels" / "metal")
+@pytest.mark.parametrize("family, what, text", ALL, ids=[what for _, what, _ in ALL])
+def test_mutants_are_noticed(family, what, text, monkeypatch):
+    monkeypatch.setattr(kernels, "source", lambda *_: text)
     kernels.library.cache_clear()
     try:
-        assert noticed(file), what
+        assert noticed(family), what
     finally:
         kernels.library.cache_clear()

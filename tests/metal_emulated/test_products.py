@@ -1,4 +1,4 @@
-"""matvec and matmul of kernels/metal against the float64 oracle."""
+"""matvec, matmul and vecmat of kernels/metal against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import pytest
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_lowbit import _ext, formats
 
 import kernels
 
 ORDERS = [("forward", 0), ("reverse", 0), ("greedy", 1), ("greedy", 2)]
-FAMILIES = ("matvec", "matmul")
+FAMILIES = ("matvec", "matmul", "vecmat")
 
 
-def operands(rng, fmt, dtype, M, N, K, bias, global_scale):
+def columns(family, fmt, N):
+    """A number of columns near N that w may have: as [K, N] it is packed along N."""
+    return -(-N // fmt.group_size) * fmt.group_size if family == "vecmat" else N
+
+
+def operands(rng, family, fmt, dtype, M, N, K, bias, global_scale):
     """x, w and further operands; the same as the oracle takes."""
     more = {}
     if bias:
@@ -25,29 +31,33 @@ def operands(rng, fmt, dtype, M, N, K, bias, global_scale):
     if global_scale and fmt.mode == "nvfp4":
         more["global_scale"] = float(np.float32(rng.uniform(1, 5000)))
     x = strategies.activations(rng, (M, K), dtype)
-    return x, strategies.random_weight(rng, fmt, N, K, dtype), more
+    shape = (K, N) if family == "vecmat" else (N, K)
+    return x, strategies.random_weight(rng, fmt, *shape, dtype), more
 
 
 def check(family, fmt, dtype, M, N, K, tokens, rng, **launch):
-    x, w, more = operands(rng, fmt, dtype, M, N, K, M % 2 == 1, N % 2 == 1)
+    N = columns(family, fmt, N)
+    bias, scaled = M % 2 == 1, (N + K) % 3 != 0
+    x, w, more = operands(rng, family, fmt, dtype, M, N, K, bias, scaled)
     y, report = kernels.product(family, fmt, x, w, tokens, **more, **launch)
     assert report.problems == 0, report.messages
-    oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(fmt, x, w, **more), K)
+    want = oracle.quantized_matmul(fmt, x, w, transpose=family != "vecmat", **more)
+    oracle.assert_close(oracle.to_mlx(y), want, K)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "quantize"])
 def test_every_instance_type_checks(fmt, family):
-    emulator.typecheck(kernels.source(family, fmt), str(kernels.SOURCES / "kernel.metal"))
+    emulator.typecheck(kernels.source(family, fmt))
 
 
 def test_sorting_type_checks():
-    emulator.typecheck(kernels.source("group"), str(kernels.SOURCES / "kernel.metal"))
+    emulator.typecheck(kernels.source("group"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_random_bits(fmt, dtype, family, data):
-    tokens = data.draw(st.sampled_from(kernels.tiles(family, dtype)))
+    tokens = data.draw(st.sampled_from(kernels.tiles(family, fmt, dtype)))
     M = data.draw(st.integers(1, min(2 * tokens + 1, 70)))
     N = data.draw(st.integers(1, 80))
     groups = data.draw(st.integers(1, 20 if fmt.group_size < 64 else 5))
@@ -63,7 +73,7 @@ def test_random_bits(fmt, dtype, family, data):
 def test_no_race_and_nothing_out_of_bounds(fmt, family, rng):
     """Every edge: rows of x and w that are not there, a part of K, half a chunk of nvfp4."""
     dtype = (mx.float32, mx.float16, mx.bfloat16)[fmt.id % 3]
-    for tokens in kernels.tiles(family, dtype):
+    for tokens in kernels.tiles(family, fmt, dtype):
         for M, N, groups in ((tokens, 32, 4), (tokens + 1, 33, 1), (max(1, tokens - 3), 70, 5)):
             check(
                 family, fmt, dtype, M, N, groups * fmt.group_size, tokens, rng,
@@ -74,11 +84,11 @@ def test_no_race_and_nothing_out_of_bounds(fmt, family, rng):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_orders_agree(judged_fmt, family, rng):
     """The order of threads changes no bit."""
-    x, w, more = operands(
-        rng, judged_fmt, mx.bfloat16, 9, 45, 4 * judged_fmt.group_size, True, True
-    )
+    N, K = columns(family, judged_fmt, 45), 4 * judged_fmt.group_size
+    x, w, more = operands(rng, family, judged_fmt, mx.bfloat16, 9, N, K, True, True)
+    tokens = kernels.tiles(family, judged_fmt, mx.bfloat16)[0]
     results = [
-        kernels.product(family, judged_fmt, x, w, 8, order=order, seed=seed, **more)[0]
+        kernels.product(family, judged_fmt, x, w, tokens, order=order, seed=seed, **more)[0]
         for order, seed in ORDERS
     ]
     for y in results[1:]:
@@ -89,10 +99,22 @@ def test_a_scale_of_another_dtype(affine_fmt, rng):
     """x in float32, scales in bfloat16, as mixed models have it."""
     w = strategies.random_weight(rng, affine_fmt, 9, 2 * affine_fmt.group_size, mx.bfloat16)
     x = strategies.activations(rng, (3, 2 * affine_fmt.group_size), mx.float32)
-    for family in FAMILIES:
+    for family in ("matvec", "matmul"):
         y, report = kernels.product(family, affine_fmt, x, w, 8)
         assert report.problems == 0
         oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(affine_fmt, x, w), x.shape[1])
+
+
+@pytest.mark.parametrize("family", ["matvec", "matmul"])
+@pytest.mark.parametrize("exponent", [-30, 20])
+def test_block_scales_beyond_float16(mx_fmt, family, exponent, rng):
+    """Weights of 2^20 or 2^-30 that x brings back to where float16 holds the result."""
+    x, w, _ = operands(rng, family, mx_fmt, mx.float16, 9, 33, 96, False, False)
+    w = w._replace(scales=(w.scales.astype(int) + exponent).astype(np.uint8))
+    x = (x.astype(np.float32) * 2.0 ** (-14 if exponent > 0 else 10)).astype(np.float16)
+    y, report = kernels.product(family, mx_fmt, x, w, 8)
+    assert report.problems == 0, report.messages
+    oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(mx_fmt, x, w), 96)
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -109,22 +131,26 @@ def experts(rng, fmt, dtype, matrices, N, K):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs(judged_fmt, family, M, kind, rng):
     """Experts with no row, with many, and pairs whose indices do not exist."""
-    matrices, N, K, x_matrices = 5, 37, 3 * judged_fmt.group_size, 4
-    parts, w = experts(rng, judged_fmt, mx.float16, matrices, N, K)
+    fmt, matrices, x_matrices = judged_fmt, 5, 4
+    N, K = columns(family, fmt, 37), 3 * fmt.group_size
+    shape = (K, N) if family == "vecmat" else (N, K)
+    parts, w = experts(rng, fmt, mx.float16, matrices, *shape)
     x = strategies.activations(rng, (x_matrices, M, K), mx.float16)
     bias = strategies.activations(rng, (matrices, N), mx.float16)
     rhs = np.array([2, 0, 2, 4, 2, 2, -1, 0, 2, matrices, 2, 2, 4, 2, 2, 2])
     lhs = rng.integers(0, x_matrices, len(rhs))
     lhs[3] = x_matrices
+    tokens = kernels.tiles(family, fmt, mx.float16)[0]
     y, report = kernels.product(
-        family, judged_fmt, x, w, 8, lhs=lhs, rhs=rhs, bias=bias, kind=kind, seed=M
+        family, fmt, x, w, tokens, lhs=lhs, rhs=rhs, bias=bias, kind=kind, seed=M
     )
     assert report.problems == 0, report.messages
     for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
         if not (0 <= b < matrices and a < x_matrices):
             assert np.isnan(y[i].astype(np.float32)).all()
             continue
-        want = oracle.quantized_matmul(judged_fmt, x[a], parts[b], bias=bias[b])
+        transpose = family != "vecmat"
+        want = oracle.quantized_matmul(fmt, x[a], parts[b], bias=bias[b], transpose=transpose)
         oracle.assert_close(oracle.to_mlx(y[i]), want, K)
 
 
@@ -145,18 +171,20 @@ def test_rows_are_sorted_by_matrix(pairs, M, matrices, kind, rng):
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_matvec_reads_weights_once(judged_fmt, tokens, rng):
-    x, w, _ = operands(rng, judged_fmt, mx.bfloat16, tokens, 16, 8 * judged_fmt.group_size, 0, 0)
+    x, w, _ = operands(
+        rng, "matvec", judged_fmt, mx.bfloat16, tokens, 16, 8 * judged_fmt.group_size, 0, 0
+    )
     _, report = kernels.product("matvec", judged_fmt, x, w, tokens, kind="check")
     assert report.read[2] == w.words.nbytes
 
 
 def test_few_rows_of_x_are_read_with_the_weights(rng):
-    """M = 16, K = N = 4096 in 4 bits, 512 rows of w a threadgroup: hardly more than all bytes."""
-    from mlx_lowbit import formats
-
+    """M = 16, K = N = 4096 in 4 bits, as the plan has it: hardly more than all bytes."""
     fmt = formats.get(bits=4, group_size=64)
-    x, w, _ = operands(rng, fmt, mx.bfloat16, 16, 4096, 4096, 0, 0)
-    y, report = kernels.product("matmul", fmt, x, w, 16, kind="check", simdgroups=16)
+    _, kernel, tokens, simdgroups, _ = _ext.metal_plan(fmt.id, 2, 16, 4096, 4096)
+    assert kernels.KERNELS[kernel] == "matmul"
+    x, w, _ = operands(rng, "matmul", fmt, mx.bfloat16, 16, 4096, 4096, 0, 0)
+    y, report = kernels.product("matmul", fmt, x, w, tokens, kind="check", simdgroups=simdgroups)
     assert report.problems == 0, report.messages
     packed = w.words.nbytes + w.scales.nbytes + w.biases.nbytes
     assert sum(report.read.values()) <= 1.1 * (packed + x.nbytes + y.nbytes)
