@@ -153,7 +153,9 @@ template <class F, class T>
   loaded.load(codes + chunk * F::kBits, count);
   for (int i = 0; i < count; i++) {
     const Scale s = load_scale<F>(scales, biases, (chunk * kChunk + i) / F::kGroup);
-    values[chunk * kChunk + i] = T(fma(s.scale * alpha, loaded.value(i), s.bias));
+    const float scale = s.scale * alpha, value = loaded.value(i);
+    // A bias of nothing would take the sign of a zero.
+    values[chunk * kChunk + i] = T(F::kHasBias ? fma(scale, value, s.bias) : scale * value);
   }
 }
 

@@ -88,8 +88,8 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def _built(stem: str, text: str, flags: Sequence[str], link: Sequence[str] = ()) -> Path:
-    """The object (or, with `link`, the shared object) of a C++ text."""
+def built(stem: str, text: str, flags: Sequence[str], link: Sequence[str] = ()) -> Path:
+    """The object (or, with `link`, the shared object) of a C++ text, kept by its hash."""
     key = hashlib.sha256("\0".join([text, COMPILER, *flags, *link]).encode()).hexdigest()[:24]
     directory = build_directory()
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -113,7 +113,7 @@ def _runtime() -> list[str]:
     shared = "".join(p.read_text() for p in [HERE / "runtime.h", HERE / "shim" / "msl_rt.h"])
     plain = ["-std=c++17", "-O2", "-g1", "-march=x86-64-v3", "-fPIC", f"-I{HERE}"]
     return [
-        str(_built(stem, f"// {hash_of(shared)}\n" + (HERE / f"{stem}.cpp").read_text(), plain))
+        str(built(stem, f"// {hash_of(shared)}\n" + (HERE / f"{stem}.cpp").read_text(), plain))
         for stem in ("runtime", "checks")
     ]
 
@@ -152,10 +152,10 @@ def compile(
     shim = hash_of("".join(p.read_text() for p in sorted((HERE / "shim").iterdir())))
     text = f"// {shim}\n" + translate(source, name, include)
     flags = [*FLAGS, "-w", *(INSTRUMENTED if kind == "check" else [])]
-    compiled = _built("kernel", text, flags)
+    compiled = built("kernel", text, flags)
     # compiler-rt rounds float to bfloat16; libgcc of Debian 12 cannot.
     parts = [str(compiled), *_runtime(), "--rtlib=compiler-rt", "-ldl", "-lm", "-lgcc_s"]
-    library = _built("library", f"// {compiled.name}\n", ["-shared", "-fPIC"], parts)
+    library = built("library", f"// {compiled.name}\n", ["-shared", "-fPIC"], parts)
     return Library(library, kind)
 
 
