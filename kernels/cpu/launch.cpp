@@ -166,12 +166,12 @@ ProductInputs weak(const ProductInputs& in) {
 // Elements of `a`, from `from` on along dimensions `axis` and later, in row order.
 void copy_rows(const mx::array& a, const char* from, int axis, char*& to) {
   const auto size = int64_t(a.itemsize());
-  if (axis == a.ndim()) {
+  if (axis == int(a.ndim())) {
     std::memcpy(to, from, size_t(size));
     to += size;
     return;
   }
-  if (axis == a.ndim() - 1 && a.strides(axis) == 1) {
+  if (axis == int(a.ndim()) - 1 && a.strides(axis) == 1) {
     std::memcpy(to, from, size_t(a.shape(axis) * size));
     to += a.shape(axis) * size;
     return;

@@ -58,10 +58,10 @@ array grad_x(const ProductKind& kind, const ProductInputs& in, const array& dy,
   inputs.lhs = mx::arange(0.0, double(s.pairs), 1.0, mx::int64, stream);
   inputs.rhs = reshape(*in.rhs, {int(s.pairs)}, stream);
   const array dx = Product::make(back, inputs, stream);  // [pairs, M, K]
-  const array sum =
-      scatter_add(zeros({int(s.x_matrices), int(s.M), int(s.K)}, dx.dtype(), stream),
-                  {reshape(*in.lhs, {int(s.pairs)}, stream)},
-                  reshape(dx, {int(s.pairs), 1, int(s.M), int(s.K)}, stream), {0}, stream);
+  const array sum = scatter_add(
+      zeros({int(s.x_matrices), int(s.M), int(s.K)}, dx.dtype(), stream),
+      {reshape(*in.lhs, {int(s.pairs)}, stream)},
+      reshape(dx, {int(s.pairs), 1, int(s.M), int(s.K)}, stream), std::vector<int>{0}, stream);
   return reshape(astype(sum, in.x.dtype(), stream), in.x.shape(), stream);
 }
 
@@ -85,7 +85,8 @@ array grad_w(const ProductKind& kind, const ProductInputs& in, const array& dy,
   const mx::Shape one = each.shape();
   return scatter_add(zeros({int(s.w_matrices), one[1], one[2]}, mx::float32, stream),
                      {reshape(*in.rhs, {int(s.pairs)}, stream)},
-                     reshape(each, {one[0], 1, one[1], one[2]}, stream), {0}, stream);
+                     reshape(each, {one[0], 1, one[1], one[2]}, stream), std::vector<int>{0},
+                     stream);
 }
 
 array grad_groups(const ProductKind& kind, const ProductInputs& in, const array& dy,
@@ -113,10 +114,10 @@ array grad_bias(const ProductKind& kind, const ProductInputs& in, const array& d
   const array g = astype(reshape(dy, flat_pairs(s, s.N), stream), mx::float32, stream);
   const array rows = sum(g, 1, false, stream);  // [pairs, N]
   if (!kind.gather) return astype(reshape(rows, {int(s.N)}, stream), in.bias->dtype(), stream);
-  const array total =
-      scatter_add(zeros({int(s.w_matrices), int(s.N)}, mx::float32, stream),
-                  {reshape(*in.rhs, {int(s.pairs)}, stream)},
-                  reshape(rows, {int(s.pairs), 1, int(s.N)}, stream), {0}, stream);
+  const array total = scatter_add(zeros({int(s.w_matrices), int(s.N)}, mx::float32, stream),
+                                  {reshape(*in.rhs, {int(s.pairs)}, stream)},
+                                  reshape(rows, {int(s.pairs), 1, int(s.N)}, stream),
+                                  std::vector<int>{0}, stream);
   return astype(reshape(total, in.bias->shape(), stream), in.bias->dtype(), stream);
 }
 
