@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
+import sys
 import threading
 from pathlib import Path
 
@@ -53,6 +55,9 @@ def check() -> None:
     try:
         from . import _ext
     except ImportError as error:
+        if sys.platform == "darwin":  # MLX's own kernels are there whatever becomes of ours
+            _stand_in(str(error))
+            return
         raise ImportError(
             f"mlx_lowbit's extension cannot be loaded beside mlx {found} and nanobind-backend "
             f"{backend}. Reinstall with\n    pip install --force-reinstall mlx-lowbit\n"
@@ -67,6 +72,20 @@ def check() -> None:
             f"{NANOBIND_BACKEND_VERSION} is expected). Install it with\n"
             f"    pip install nanobind-backend=={NANOBIND_BACKEND_VERSION} mlx=={MLX_VERSION}"
         ) from error
+
+
+missing_extension: str | None = None
+"""Why a stand-in has the extension's place, or None."""
+
+
+def _stand_in(reason: str) -> None:
+    global missing_extension
+    name = f"{__package__}._ext"
+    sys.modules[name] = module = importlib.import_module(f"{__package__}._no_extension")
+    sys.modules[__package__]._ext = module
+    missing_extension = (
+        f"the extension of this installation is missing or cannot be loaded: {reason}"
+    )
 
 
 CUDA_OBJECT = Path(__file__).with_name("_cuda.so")
@@ -103,8 +122,10 @@ def missing_gpu_kernels(device: int = 0) -> str | None:
     """
     import mlx.core as mx
 
+    from . import _ext
+
     if mx.metal.is_available():
-        return "this version has no kernels for Metal"
+        return None if _ext.has_metal else "this installation has no kernels for Metal"
     if not mx.cuda.is_available():
         return "MLX has no CUDA device here (mlx_lowbit.doctor says more)"
     with _cuda_lock:

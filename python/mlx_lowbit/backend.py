@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
-from . import _load
+from . import _ext, _load
 from .formats import Format
 
-__all__ = ["Backend", "get_backend", "missing_kernel", "reason_for_mlx", "set_backend"]
+__all__ = [
+    "Backend",
+    "compiled_where_it_runs",
+    "get_backend",
+    "missing_kernel",
+    "on_mlx_where_refused",
+    "reason_for_mlx",
+    "set_backend",
+]
 
 Backend = Literal["auto", "lowbit", "mlx"]
 
@@ -71,24 +82,69 @@ def settled(stream) -> bool:
 
 def missing_kernel(stream=None, missing_format: str | None = None) -> str | None:
     """Why there is no kernel of ours for a format or a stream, or None; announces nothing."""
-    if missing_format is not None:
-        return missing_format
+    if _load.missing_extension is not None or missing_format is not None:
+        return _load.missing_extension or missing_format
     gpu = _gpu_index(stream)
     return None if gpu is None else _load.missing_gpu_kernels(gpu)
 
 
 def _not_measured(op: str, stream, fmt: Format | None, x, w) -> str | None:
-    """Why ``auto`` leaves a product on Metal to MLX: only measurement speaks for ours there."""
-    if _backend != "auto" or fmt is None or w is None or _gpu_index(stream) is None:
+    """Why ``auto`` leaves an operation on Metal to MLX: only measurement speaks for ours there."""
+    if _backend != "auto" or fmt is None or _gpu_index(stream) is None:
         return None
     if not mx.metal.is_available():
         return None
+    if x is None or w is None:
+        return "doctor --tune measures products alone"
     from . import tune
 
     rows = x.size // max(1, x.shape[-1])
     of_op = {"gather_qmm": "quantized_matmul", "gather_qqmm": "qqmm"}.get(op, op)
     weights = w.size * 32 // fmt.bits
     return tune.read(tune.path(mx.Device(mx.gpu))).slower(of_op, fmt.name, rows, weights)
+
+
+refusals: dict[str, str] = {}
+"""What Metal's compiler said of kernels that it refused, by operation."""
+_refused = threading.local()
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def on_mlx_where_refused(op: Op) -> Op:
+    """Runs `op` on MLX's own op where the device's compiler refuses our kernel.
+
+    With backend ``lowbit`` the refusal is raised.
+    """
+
+    @functools.wraps(op)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return op(*arguments, **named)
+        except _ext.KernelRefused as error:
+            if _backend == "lowbit":
+                raise
+            refusals[op.__name__] = str(error)
+            first = str(error).splitlines()[0]
+            _notice(f"[{op.__name__}] uses MLX's own op: Metal's compiler refused {first}")
+        _refused.reason = "Metal's compiler refused the kernel"
+        try:
+            return op(*arguments, **named)
+        finally:
+            _refused.reason = None
+
+    return call  # type: ignore[return-value]
+
+
+def compiled_where_it_runs(op: Op) -> Op:
+    """For operations of a backend that compiles its kernels at run time, which Metal's does."""
+    return on_mlx_where_refused(op) if _ext.has_metal else op
+
+
+def _notice(text: str) -> None:
+    if text not in _noticed:
+        _noticed.add(text)
+        warnings.warn(text, stacklevel=5)
 
 
 def reason_for_mlx(
@@ -110,6 +166,9 @@ def reason_for_mlx(
     global _settled
     if _backend == "mlx":
         return "set_backend('mlx') asks for it"
+    reason = getattr(_refused, "reason", None)
+    if reason is not None:
+        return reason
     reason = missing_kernel(stream, missing_format)
     reason = reason or _not_measured(op, stream, fmt, x, w)
     if reason is None:
@@ -118,8 +177,5 @@ def reason_for_mlx(
         return None
     if _backend == "lowbit":
         raise RuntimeError(f"[{op}] no kernel of mlx_lowbit: {reason}")
-    notice = f"[{op}] uses MLX's own op: {reason}"
-    if notice not in _noticed:
-        _noticed.add(notice)
-        warnings.warn(notice, stacklevel=4)
+    _notice(f"[{op}] uses MLX's own op: {reason}")
     return reason

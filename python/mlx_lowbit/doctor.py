@@ -50,9 +50,22 @@ def _cuda_kernels() -> str:
     return f"kernels: not in this installation ({_ext.cuda_build or 'the file is missing'})"
 
 
-def _metal() -> str:
-    here = "" if mx.metal.is_available() else "no device; "
-    return f"{here}no kernels in this version, which has never run on Apple hardware: MLX's run"
+NEVER_RUN = (
+    "type-checked and emulated on Linux; not compiled by Apple's compiler and not run on an Apple "
+    "GPU yet: mlx_lowbit.doctor --test --tune --report changes that"
+)
+
+
+def _metal() -> list[str]:
+    """Whether there are kernels for an Apple GPU, and what its compiler said of them."""
+    device = [] if mx.metal.is_available() else ["no device"]
+    reason = _load.missing_extension
+    if reason is None and not _ext.has_metal:
+        reason = "this installation has no kernels for Metal, which is built on macOS alone"
+    if reason is not None:
+        return [*device, f"no kernels: {reason}"]
+    refused = [f"refused, MLX's runs: {words}" for words in backend.refusals.values()]
+    return [*device, f"kernels: {NEVER_RUN}", *refused]
 
 
 def facts() -> list[tuple[str, str]]:
@@ -63,7 +76,7 @@ def facts() -> list[tuple[str, str]]:
     others = ", ".join(name for name in _ext.targets() if name != _ext.target())
     rows.append(("cpu", f"{_ext.target()}, {_ext.threads()} threads (also built: {others})"))
     rows += [("cuda", line) for line in _cuda()]
-    rows.append(("metal", _metal()))
+    rows += [("metal", line) for line in _metal()]
     return rows
 
 
@@ -119,13 +132,14 @@ def tuned(device: mx.Device) -> str:
 
 def examination() -> tuple[bool, list[tuple[str, str]]]:
     """Whether all self-tests passed, and the facts with their outcome."""
-    rows, good = facts(), True
+    outcome, good = [], True
     for device in devices():
         right, lines = self_test(device)
         good &= right
-        rows += [(f"self-test {device.type.name}", line) for line in lines]
-        rows.append((f"measured {device.type.name}", tuned(device)))
-    return good, rows
+        outcome += [(f"self-test {device.type.name}", line) for line in lines]
+        outcome.append((f"measured {device.type.name}", tuned(device)))
+    # After the tests, which find out what a device's compiler refuses.
+    return good, facts() + outcome
 
 
 def tune_device(device: mx.Device, formats: Sequence[str]) -> str:

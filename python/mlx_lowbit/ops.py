@@ -11,8 +11,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from . import _ext, _fallback
-from .backend import get_backend, reason_for_mlx, settled
+from . import _ext, _fallback, _load
+from .backend import compiled_where_it_runs, get_backend, reason_for_mlx, settled
 from .formats import Format, MissingFormatError, get
 
 __all__ = [
@@ -94,6 +94,7 @@ def _refuse_nonfinite(w: mx.array, scales: mx.array, fmt: Format) -> None:
     )
 
 
+@compiled_where_it_runs
 def quantize(
     w: mx.array,
     *,
@@ -134,6 +135,7 @@ def quantize(
     return parts
 
 
+@compiled_where_it_runs
 def dequantize(
     w: mx.array,
     scales: mx.array,
@@ -170,6 +172,7 @@ def dequantize(
     return _ext.dequantize(w, scales, biases, fmt.id, global_scale, dtype, stream)
 
 
+@compiled_where_it_runs
 def quantized_matmul(
     x: mx.array,
     w: mx.array,
@@ -211,6 +214,7 @@ def quantized_matmul(
     )
 
 
+@compiled_where_it_runs
 def qqmm(
     x: mx.array,
     w: mx.array,
@@ -251,6 +255,7 @@ def qqmm(
     return _ext.qqmm(x, w, scales, bias, fmt.id, global_scale_x, global_scale_w, stream)
 
 
+@compiled_where_it_runs
 def gather_qmm(
     x: mx.array,
     w: mx.array,
@@ -297,6 +302,7 @@ def gather_qmm(
     )  # fmt: skip
 
 
+@compiled_where_it_runs
 def gather_qqmm(
     x: mx.array,
     w: mx.array,
@@ -357,7 +363,7 @@ def linear(
     Raises:
         ValueError: an argument that does not fit, named with what was expected and got.
     """
-    if get_backend() == "mlx":
+    if get_backend() == "mlx" or _load.missing_extension is not None:
         return _fallback.add_bias(mx.matmul(x, w.T, stream=stream), bias, stream)
     return _ext.linear(x, w, bias, stream)
 
@@ -392,7 +398,8 @@ def explain(
     if scales is None:
         dense = len(_ext.formats())
         return _ext.explain(x, w, None, None, True, False, dense, stream)
-    fmt, reason = _choose("explain", mode, bits, group_size, stream)
+    op = "qqmm" if quantize_activations else "quantized_matmul"
+    fmt, reason = _choose(op, mode, bits, group_size, stream, x, w)
     if reason is not None:
         return f"MLX's op: {reason} (backend {get_backend()})"
     if quantize_activations:
