@@ -216,7 +216,7 @@ void launch(const ProductKind& kind, const ProductInputs& in, mx::array& out,
   launch.in(in.lhs, kLhs).in(in.rhs, kRhs).in(groups, kGroups).out(out, kY);
 
   const int simdgroups = launch.simdgroups(plan.simdgroups);
-  const int64_t w_tiles = ceil_div(s.N, int64_t(rows_of_simdgroup(plan.kernel)) * simdgroups);
+  const int64_t w_tiles = ceil_div(s.N, int64_t(rows_of_simdgroup(plan)) * simdgroups);
   if (plan.grouped)  // each matrix may end in a tile that is not full
     launch.run(w_tiles, s.pairs * s.M / plan.tokens + matrices + 1, 1, simdgroups);
   else

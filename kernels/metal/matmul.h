@@ -1,5 +1,5 @@
-// Many rows of x, as products of 8x8 matrices: y^T = w * x^T, a tile of 32 rows of w and
-// `Tokens` rows of x for each simdgroup, float32 sums.
+// Many rows of x, as products of 8x8 matrices: y^T = w * x^T, a tile of 32 rows of w (16 beside
+// 128 tokens) and `Tokens` rows of x for each simdgroup, float32 sums.
 //
 // Weights go from device memory to the fragments of their products without threadgroup memory.
 // Lane l has the elements (row, column) and (row, column + 1) of an 8x8 matrix, four lanes a
@@ -8,7 +8,9 @@
 // has
 //   column 2 * quarter + j   =   k 32 * quarter + 2 * i + j
 // Sums over k do not mind the order, as long as x has the same: it is staged for all simdgroups
-// of a threadgroup with the row of k at (code / 2) * 8 + 2 * quarter + code % 2.
+// of a threadgroup with the row of k at (code / 2) * 8 + 2 * quarter + code % 2. Tiles wider
+// than what threadgroup memory holds stage x in parts, and decode the codes that registers keep
+// again for each: weights are read once a tile.
 //
 // Grid: (rows of w / (32 * simdgroups), token tiles, 1); pairs come sorted by matrix (group.h),
 // their tiles one matrix after the other.
@@ -20,9 +22,14 @@
 
 namespace lowbit {
 
-constant constexpr int kDepth = 128;    // of K, staged at a time
-constant constexpr int kFragments = 4;  // of 8 rows of w, for a simdgroup
-constant constexpr int kPad = 8;        // so that rows of x^T lie in different banks
+constant constexpr int kDepth = 128;  // of K, staged at a time
+// Of 8 rows of w, for a simdgroup: its sums are 64 registers a lane at most.
+constexpr int fragments_beside(int tokens) { return tokens > 64 ? 2 : 4; }
+// Tokens staged at a time: 128 codes of them and their padding are 18 KiB.
+constexpr int staged_tokens(int tokens, int bytes) {
+  return tokens * bytes > 128 ? 128 / bytes : tokens;
+}
+constant constexpr int kPad = 8;  // so that rows of x^T lie in different banks
 
 // The rows of x and y of a tile; -1 where there is none. A row of y whose pair does not exist
 // is to be NaN: its row of x is kNoX.
@@ -84,7 +91,8 @@ template <class F, class T, int Tokens>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   using C = typename Operand<F, T>::type;
-  threadgroup C staged[kDepth * (Tokens + kPad)];
+  constexpr int kFragments = fragments_beside(Tokens), kPart = staged_tokens(Tokens, sizeof(C));
+  threadgroup C staged[kDepth * (kPart + kPad)];
   threadgroup int x_rows[Tokens];
   threadgroup int y_rows[Tokens];
   const int N = args.N, K = args.K;
@@ -125,10 +133,6 @@ template <class F, class T, int Tokens>
     for (int t = 0; t < Tokens / 8; t++) sums[f][t] = simdgroup_matrix<float, 8, 8>(0.0f);
 
   for (int k0 = 0; k0 < K; k0 += kDepth) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage_x<C, T, Tokens>(staged, x_rows, x, K, k0, thread_index, threads);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
     const int chunk = k0 / kChunk + quarter;
     const int codes_there = max(0, min(kChunk, K - chunk * kChunk));
     Chunk<F> codes[kFragments];
@@ -149,21 +153,27 @@ template <class F, class T, int Tokens>
         scale[f][g] = loaded;
       }
     }
-    // Codes that do not exist meet zeros of x; their weights are finite numbers at most.
-    for (int i = 0; i < kChunk / 2; i++) {
-      simdgroup_matrix<C, 8, 8> weights[kFragments];
-      for (int f = 0; f < kFragments; f++) {
-        const Scale s = scale[f][2 * i / Chunk<F>::kGroup];
-        for (int j = 0; j < 2; j++) {
-          const float value = fma(s.scale, codes[f].value(2 * i + j), s.bias);
-          weights[f].thread_elements()[j] = C(2 * i < codes_there ? value : 0.0f);
+    for (int first_token = 0; first_token < Tokens; first_token += kPart) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      stage_x<C, T, kPart>(staged, x_rows + first_token, x, K, k0, thread_index, threads);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      // Codes that do not exist meet zeros of x; their weights are finite numbers at most.
+      for (int i = 0; i < kChunk / 2; i++) {
+        simdgroup_matrix<C, 8, 8> weights[kFragments];
+        for (int f = 0; f < kFragments; f++) {
+          const Scale s = scale[f][2 * i / Chunk<F>::kGroup];
+          for (int j = 0; j < 2; j++) {
+            const float value = fma(s.scale, codes[f].value(2 * i + j), s.bias);
+            weights[f].thread_elements()[j] = C(2 * i < codes_there ? value : 0.0f);
+          }
         }
-      }
-      for (int t = 0; t < Tokens / 8; t++) {
-        simdgroup_matrix<C, 8, 8> tokens;
-        simdgroup_load(tokens, staged + i * 8 * (Tokens + kPad) + 8 * t, Tokens + kPad);
-        for (int f = 0; f < kFragments; f++)
-          simdgroup_multiply_accumulate(sums[f][t], weights[f], tokens, sums[f][t]);
+        for (int t = 0; t < kPart / 8; t++) {
+          simdgroup_matrix<C, 8, 8> tokens;
+          simdgroup_load(tokens, staged + i * 8 * (kPart + kPad) + 8 * t, kPart + kPad);
+          for (int f = 0; f < kFragments; f++)
+            simdgroup_multiply_accumulate(sums[f][first_token / 8 + t], weights[f], tokens,
+                                          sums[f][first_token / 8 + t]);
+        }
       }
     }
   }

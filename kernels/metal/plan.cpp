@@ -23,38 +23,38 @@ constexpr int kMatmulSimdgroups = 16;
 
 int cores(char size) { return size == 'd' ? 64 : size == 'p' || size == 'g' ? 8 : 32; }
 
-// Weights are rounded to x's type, or to float32 where float16 would not hold the powers of two
-// of e8m0; x staged in float32 leaves room for 32 tokens.
-bool staged_in_float32(Format format, Dtype dtype) {
-  const FormatInfo& f = kFormats[int(format)];
-  return dtype == Dtype::f32 || (dtype == Dtype::f16 && !f.affine() && f.group_size == 32);
-}
-
+// The smallest that holds all rows. More are cut into 64 or 128, which reads weights half as
+// often, unless it would leave half a tile empty.
 int tile_for(int64_t rows, const std::vector<int>& tiles) {
   for (int tokens : tiles)
-    if (rows <= tokens) return tokens;
-  return tiles.back();
+    if (rows <= tokens && tokens <= 64) return tokens;
+  const bool half_empty = rows < 512 && (rows - 1) % 128 < 64;
+  return half_empty ? std::min(64, tiles.back()) : tiles.back();
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As many as share a staged x, unless that leaves cores without work.
-int simdgroups_for(int64_t N, int64_t token_tiles, char size) {
-  int simdgroups = kMatmulSimdgroups;
-  while (simdgroups > 1 && ceil_div(N, 32 * simdgroups) * token_tiles < cores(size))
-    simdgroups /= 2;
-  return simdgroups;
+// A plan of matmul: as many simdgroups as share a staged x, unless cores were left without
+// work.
+Plan matmul(int64_t rows_a_matrix, int64_t rows, const Problem& p, const Device& device) {
+  Plan plan{Kernel::matmul, tile_for(rows_a_matrix, tiles(Kernel::matmul)), kMatmulSimdgroups,
+            p.gather};
+  const auto threadgroups = [&] {
+    return ceil_div(p.N, rows_of_simdgroup(plan) * plan.simdgroups) *
+           ceil_div(rows, plan.tokens);
+  };
+  while (plan.simdgroups > 1 && threadgroups() < cores(device.size)) plan.simdgroups /= 2;
+  return plan;
 }
 
 }  // namespace
 
-std::vector<int> tiles(Kernel kernel, Format format, Dtype dtype) {
+std::vector<int> tiles(Kernel kernel) {
   switch (kernel) {
     case Kernel::matvec:
       return {1, 2, 4, 8};
     case Kernel::matmul:
-      if (staged_in_float32(format, dtype)) return {8, 16, 32};
-      return {8, 16, 32, 64};
+      return {8, 16, 32, 64, 128};
     case Kernel::vecmat:
       return {2};
     default:
@@ -63,27 +63,18 @@ std::vector<int> tiles(Kernel kernel, Format format, Dtype dtype) {
 }
 
 Plan plan(const Problem& p, const Device& device) {
-  // Q(x) is exact in bfloat16 and takes x's place.
-  const Dtype dtype = p.quantize_x ? Dtype::bf16 : p.dtype;
-  if (!p.transpose)
-    return {Kernel::vecmat, tiles(Kernel::vecmat, p.format, dtype)[0], kVecmatSimdgroups,
-            false};
-  const auto of_matvec = tiles(Kernel::matvec, p.format, dtype);
-  const auto of_matmul = tiles(Kernel::matmul, p.format, dtype);
-  const int most = dtype == Dtype::f32 ? kMatvecRowsFloat32 : kMatvecRows;
+  if (!p.transpose) return {Kernel::vecmat, tiles(Kernel::vecmat)[0], kVecmatSimdgroups, false};
+  const Plan matvec{Kernel::matvec, tile_for(p.M, tiles(Kernel::matvec)), kMatvecSimdgroups,
+                    false};
   if (p.gather) {
     const int64_t rows = p.pairs * p.M;
-    if (p.matrices > kMostMatrices || rows <= kFewRows * p.matrices)
-      return {Kernel::matvec, tile_for(p.M, of_matvec), kMatvecSimdgroups, false};
-    const int64_t average = ceil_div(rows, p.matrices);
-    const int tokens = tile_for(average, of_matmul);
-    return {Kernel::matmul, tokens, simdgroups_for(p.N, ceil_div(rows, tokens), device.size),
-            true};
+    const bool few = rows <= kFewRows * p.matrices;
+    if (p.matrices > kMostMatrices || few) return matvec;
+    return matmul(ceil_div(rows, p.matrices), rows, p, device);
   }
-  if (p.M <= most) return {Kernel::matvec, tile_for(p.M, of_matvec), kMatvecSimdgroups, false};
-  const int tokens = tile_for(p.M, of_matmul);
-  return {Kernel::matmul, tokens, simdgroups_for(p.N, ceil_div(p.M, tokens), device.size),
-          false};
+  const bool float32 = p.dtype == Dtype::f32 && !p.quantize_x;  // Q(x) is bfloat16
+  const int most = float32 ? kMatvecRowsFloat32 : kMatvecRows;
+  return p.M <= most ? matvec : matmul(p.M, p.M, p, device);
 }
 
 Route route(const Problem& p) {
@@ -106,8 +97,8 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
     default:
       text << "metal vecmat, float32 sums";
   }
-  text << ", " << plan.tokens << " tokens x "
-       << plan.simdgroups * rows_of_simdgroup(plan.kernel) << " rows of w a threadgroup";
+  text << ", " << plan.tokens << " tokens x " << plan.simdgroups * rows_of_simdgroup(plan)
+       << " rows of w a threadgroup";
   if (p.quantize_x) text << ", after quantizing x";
   if (p.gather)
     text << (plan.grouped ? ", rows of x sorted by matrix first" : ", pair by pair");

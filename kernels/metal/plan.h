@@ -34,8 +34,9 @@ struct Plan {
 };
 
 // Rows of w (vecmat: columns) that one simdgroup takes.
-constexpr int rows_of_simdgroup(Kernel kernel) {
-  return kernel == Kernel::matvec ? 4 : kernel == Kernel::matmul ? 32 : 32 * 32;
+constexpr int rows_of_simdgroup(const Plan& plan) {
+  if (plan.kernel == Kernel::matmul) return plan.tokens > 64 ? 16 : 32;
+  return plan.kernel == Kernel::matvec ? 4 : 32 * 32;
 }
 
 // Rows of all pairs can be sorted by at most so many matrices (group.h).
@@ -43,7 +44,7 @@ inline constexpr int kMostMatrices = 1023;
 
 // The sizes of tiles that a plan may choose, as kernels are instantiated; {0} for those that
 // have none.
-std::vector<int> tiles(Kernel, Format, Dtype);
+std::vector<int> tiles(Kernel);
 
 Plan plan(const Problem&, const Device&);
 // Matrices as [K, N] without pairs are decoded for MLX's matmul.

@@ -77,8 +77,7 @@ std::vector<Instance> instances(Kernel kernel, Format format) {
   if (kernel == Kernel::round_trip && kFormats[int(format)].affine()) return {};
   std::vector<Instance> all;
   for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16})
-    for (int tokens : tiles(kernel, format, dtype))
-      all.push_back({kernel, format, dtype, tokens});
+    for (int tokens : tiles(kernel)) all.push_back({kernel, format, dtype, tokens});
   return all;
 }
 

@@ -16,7 +16,14 @@ from mlx_lowbit.formats import Format
 # Numbers of kernels/metal/plan.h's Kernel; `quantize` also stands for the other two of its file.
 KERNELS = ("matvec", "matmul", "vecmat", "quantize", "dequantize", "round_trip", "group")
 ELEMENTS = KERNELS[3:6]
-ROWS_OF_SIMDGROUP = {"matvec": 4, "matmul": 32, "vecmat": 1024}
+
+
+def rows_of_simdgroup(family: str, tokens: int) -> int:
+    if family == "matmul":
+        return 16 if tokens > 64 else 32
+    return 4 if family == "matvec" else 1024
+
+
 FLOAT_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
@@ -28,10 +35,10 @@ def numbers(family: str) -> list[int]:
     return [KERNELS.index(name) for name in (ELEMENTS if family == "quantize" else [family])]
 
 
-def tiles(family: str, fmt: Format, dtype: mx.Dtype) -> tuple[int, ...]:
+def tiles(family: str) -> tuple[int, ...]:
     """Tokens of the tiles that there are."""
-    entries = _ext.metal_source(numbers(family), fmt.id)[1]
-    return tuple(t for _, _, of, t in entries if of == FLOAT_TYPE[name_of(dtype)])
+    entries = _ext.metal_source(numbers(family), 0)[1]
+    return tuple(dict.fromkeys(tokens for *_, tokens in entries))
 
 
 def source(family: str, fmt: Format | None = None) -> str:
@@ -109,7 +116,7 @@ def product(
         5: gathered,
         6: grouped,
     }
-    rows = ROWS_OF_SIMDGROUP[family] * simdgroups
+    rows = rows_of_simdgroup(family, tokens) * simdgroups
     dtype = oracle.MLX_DTYPE[x.dtype]
     report = library(family, fmt, kind).launch(
         f"{family}_{fmt.name}_{name_of(dtype)}_{tokens}",

@@ -198,7 +198,7 @@ def test_wrong_host_code_is_noticed(device, what, rng):
     wrong = host.Host(host.build(lambda text: text.replace(before, after)))
     wrong._libraries.update(device._libraries)
     fmt = FORMATS[1]
-    x, w = operands(rng, fmt, mx.bfloat16, (70,), 128, 700)
+    x, w = operands(rng, fmt, mx.bfloat16, (140,), 128, 700)
     bias = strategies.activations(rng, (700,), mx.bfloat16)
     with pytest.raises(AssertionError):
         y = wrong.product(fmt, x, w, bias=bias)

@@ -57,8 +57,8 @@ def test_sorting_type_checks():
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_random_bits(fmt, dtype, family, data):
-    tokens = data.draw(st.sampled_from(kernels.tiles(family, fmt, dtype)))
-    M = data.draw(st.integers(1, min(2 * tokens + 1, 70)))
+    tokens = data.draw(st.sampled_from(kernels.tiles(family)))
+    M = data.draw(st.integers(1, min(2 * tokens + 1, 140)))
     N = data.draw(st.integers(1, 80))
     groups = data.draw(st.integers(1, 20 if fmt.group_size < 64 else 5))
     order, seed = data.draw(st.sampled_from(ORDERS))
@@ -73,7 +73,7 @@ def test_random_bits(fmt, dtype, family, data):
 def test_no_race_and_nothing_out_of_bounds(fmt, family, rng):
     """Every edge: rows of x and w that are not there, a part of K, half a chunk of nvfp4."""
     dtype = (mx.float32, mx.float16, mx.bfloat16)[fmt.id % 3]
-    for tokens in kernels.tiles(family, fmt, dtype):
+    for tokens in kernels.tiles(family):
         for M, N, groups in ((tokens, 32, 4), (tokens + 1, 33, 1), (max(1, tokens - 3), 70, 5)):
             check(
                 family, fmt, dtype, M, N, groups * fmt.group_size, tokens, rng,
@@ -86,7 +86,7 @@ def test_orders_agree(judged_fmt, family, rng):
     """The order of threads changes no bit."""
     N, K = columns(family, judged_fmt, 45), 4 * judged_fmt.group_size
     x, w, more = operands(rng, family, judged_fmt, mx.bfloat16, 9, N, K, True, True)
-    tokens = kernels.tiles(family, judged_fmt, mx.bfloat16)[0]
+    tokens = kernels.tiles(family)[0]
     results = [
         kernels.product(family, judged_fmt, x, w, tokens, order=order, seed=seed, **more)[0]
         for order, seed in ORDERS
@@ -140,7 +140,7 @@ def test_pairs(judged_fmt, family, M, kind, rng):
     rhs = np.array([2, 0, 2, 4, 2, 2, -1, 0, 2, matrices, 2, 2, 4, 2, 2, 2])
     lhs = rng.integers(0, x_matrices, len(rhs))
     lhs[3] = x_matrices
-    tokens = kernels.tiles(family, fmt, mx.float16)[0]
+    tokens = kernels.tiles(family)[0]
     y, report = kernels.product(
         family, fmt, x, w, tokens, lhs=lhs, rhs=rhs, bias=bias, kind=kind, seed=M
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from mlx_lowbit import _ext
 
 MATVEC, MATMUL, VECMAT = range(3)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
-ROWS = {MATVEC: 4, MATMUL: 32, VECMAT: 1024}  # of w, a simdgroup
+ROWS = {MATVEC: 4, MATMUL: 32, VECMAT: 1024}  # of w, a simdgroup; 16 beside 128 tokens
 SIZES = "pgscd"
 
 
@@ -30,17 +31,14 @@ def test_float32_keeps_to_matvec(fmt):
     assert plan(fmt, 9, 4096, 4096, FLOAT32)[1:3] == (MATMUL, 16)
 
 
-@pytest.mark.parametrize("M, tokens", [(5, 8), (8, 8), (9, 16), (17, 32), (33, 64), (2048, 64)])
-def test_tiles_are_as_wide_as_x(fmt, M, tokens):
-    words, kernel, got, *_ = plan(fmt, M, 14336, 4096)
-    assert (kernel, got) == (MATMUL, tokens), words
-
-
-def test_x_in_float32_has_room_for_32_tokens(fmt):
-    """128 codes of 64 tokens and their padding in float32 are 36 KiB."""
-    e8m0_in_float16 = fmt.mode in ("mxfp4", "mxfp8")
-    assert plan(fmt, 512, 4096, 4096, FLOAT32)[2] == 32
-    assert plan(fmt, 512, 4096, 4096, FLOAT16)[2] == (32 if e8m0_in_float16 else 64)
+@pytest.mark.parametrize(
+    "M, tokens",
+    [(5, 8), (8, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 64), (128, 128), (2048, 128)],
+)
+def test_tiles_are_as_wide_as_x(fmt, dtype, M, tokens):
+    number = [mx.float32, mx.float16, mx.bfloat16].index(dtype)
+    words, kernel, got, *_ = plan(fmt, M, 14336, 4096, number)
+    assert (kernel, got) == ((MATVEC, 8) if number == 0 and M <= 8 else (MATMUL, tokens)), words
 
 
 def test_larger_chips_get_smaller_threadgroups(fmt):
@@ -84,7 +82,7 @@ def test_every_plan_has_its_kernel(fmt, data):
     assert 1 <= simdgroups <= 32 and (not grouped or options["matrices"] <= 1023)
     if "threadgroup" in words:
         rows = int(re.search(r"x (\d+) rows of w", words)[1])
-        assert rows == simdgroups * ROWS[kernel]
+        assert rows == simdgroups * (16 if tokens == 128 else ROWS[kernel])
 
 
 def test_sources_are_whole(fmt):
