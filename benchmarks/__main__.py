@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_lowbit import formats
 
-from benchmarks import cases, plot, report
+from benchmarks import cases, metal_counts, plot, report
 from benchmarks.baselines import OURS, load_peers
 from benchmarks.cases import Case, Selection
 from benchmarks.device import device_name, last_level_cache, target_name, thread_count
@@ -40,6 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a selection that ends within two minutes")
+    add("--metal-counts", action="store_true", help="what Metal kernels read and compute: counts")
     add("--ops", help=f"out of {', '.join(cases.OPS)}, comma-separated (default: all)")
     add("--formats", help="judged (default), common (of these, each mode's own group), all, names")
     add("--shapes", help="names or beginnings of names in cases.py, KxN, or all")
@@ -230,4 +231,5 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(run(parse_arguments()))
+    arguments = parse_arguments()
+    sys.exit(metal_counts.main() if arguments.metal_counts else run(arguments))

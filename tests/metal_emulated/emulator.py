@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import arithmetic
 import numpy as np
 from preprocess import MetalError, translate
 
@@ -44,7 +45,7 @@ FLAGS = [
 # The callbacks that the instrumentation calls are checks.cpp's.
 INSTRUMENTED = ["-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"]
 
-Kind = Literal["run", "check"]
+Kind = Literal["run", "check", "count"]
 
 
 def missing() -> str | None:
@@ -63,6 +64,7 @@ class Report:
             barriers that not all threads reach, more than 32 KiB of threadgroup memory.
         messages: the first eight, with source lines where llvm-symbolizer-19 is installed.
         read, written: bytes by buffer, all threads together; of a `check` library only.
+        arithmetic: floating-point operations of all threads; of a `count` library only.
     """
 
     problems: int
@@ -73,6 +75,7 @@ class Report:
     threadgroup_bytes: int
     read: dict[int, int]
     written: dict[int, int]
+    arithmetic: int
 
 
 class _Buffer(ctypes.Structure):
@@ -88,7 +91,9 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def built(stem: str, text: str, flags: Sequence[str], link: Sequence[str] = ()) -> Path:
+def built(
+    stem: str, text: str, flags: Sequence[str], link: Sequence[str] = (), suffix: str = ".cpp"
+) -> Path:
     """The object (or, with `link`, the shared object) of a C++ text, kept by its hash."""
     key = hashlib.sha256("\0".join([text, COMPILER, *flags, *link]).encode()).hexdigest()[:24]
     directory = build_directory()
@@ -96,7 +101,7 @@ def built(stem: str, text: str, flags: Sequence[str], link: Sequence[str] = ()) 
     result = directory / f"{stem}-{key}{'.so' if link else '.o'}"
     if result.exists():
         return result
-    source = directory / f"{stem}-{key}-{os.getpid()}.cpp"
+    source = directory / f"{stem}-{key}-{os.getpid()}{suffix}"
     source.write_text(text)
     made = result.with_suffix(f".{os.getpid()}")
     done = _run([COMPILER, *flags, *([] if link else ["-c"]), str(source), *link, "-o", str(made)])
@@ -144,7 +149,9 @@ def typecheck(source: str, name: str = "kernel.metal", include: Sequence[Path] =
 def compile(
     source: str, kind: Kind = "run", name: str = "kernel.metal", include: Sequence[Path] = ()
 ) -> Library:
-    """A library of the kernels of a source. `check` finds races and bounds, and is slower.
+    """A library of the kernels of a source.
+
+    `check` finds races and bounds and counts bytes; `count` counts arithmetic (arithmetic.py).
 
     Raises:
         MetalError: what the compiler said.
@@ -152,11 +159,19 @@ def compile(
     shim = hash_of("".join(p.read_text() for p in sorted((HERE / "shim").iterdir())))
     text = f"// {shim}\n" + translate(source, name, include)
     flags = [*FLAGS, "-w", *(INSTRUMENTED if kind == "check" else [])]
-    compiled = built("kernel", text, flags)
+    if kind == "count":
+        plain = built("kernel", text, [*flags, *arithmetic.FLAGS]).read_text()
+        counted = arithmetic.count(plain)
+        return linked([str(built("counted", counted, ["-w", "-O2", "-fPIC"], suffix=".ll"))], kind)
+    return linked([str(built("kernel", text, flags))], kind)
+
+
+def linked(objects: Sequence[str], kind: Kind) -> Library:
+    """A library of objects that register their kernels."""
     # compiler-rt rounds float to bfloat16; libgcc of Debian 12 cannot.
-    parts = [str(compiled), *_runtime(), "--rtlib=compiler-rt", "-ldl", "-lm", "-lgcc_s"]
-    library = built("library", f"// {compiled.name}\n", ["-shared", "-fPIC"], parts)
-    return Library(library, kind)
+    parts = [*objects, *_runtime(), "--rtlib=compiler-rt", "-ldl", "-lm", "-lgcc_s"]
+    names = " ".join(Path(o).name for o in objects)
+    return Library(built("library", f"// {names}\n", ["-shared", "-fPIC"], parts), kind)
 
 
 class Library:
@@ -211,6 +226,8 @@ class Library:
             table[index] = _Buffer(array.ctypes.data, array.nbytes)
         messages, stats = ctypes.create_string_buffer(8192), (ctypes.c_long * 4)()
         traffic = (ctypes.c_long * (2 * MOST_BUFFERS))()
+        operations = ctypes.c_long.in_dll(self._functions, "msl_arithmetic")
+        operations.value = 0
         sizes = [(ctypes.c_uint * 3)(*threadgroups), (ctypes.c_uint * 3)(*threads)]
         problems = self._functions.msl_launch(
             kernel.encode(), table, count, *sizes, ORDERS.index(order), seed,
@@ -224,6 +241,7 @@ class Library:
             *stats,
             read={i: traffic[2 * i] for i in range(count)},
             written={i: traffic[2 * i + 1] for i in range(count)},
+            arithmetic=operations.value,
         )
 
 

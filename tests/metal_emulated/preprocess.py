@@ -150,9 +150,14 @@ def rewrite(text: str, address_spaces: bool) -> str:
     position = 0
     while m := VECTOR_CALL.search(text, position):
         end = closing(text, m.end() - 1)
-        if len(split_arguments(text[m.end() : end])) > 1:
-            text = text[: m.end() - 1] + "{" + text[m.end() : end] + "}" + text[end + 1 :]
+        arguments = split_arguments(text[m.end() : end])
         position = m.end()
+        if len(arguments) > 1:
+            text = text[: m.end() - 1] + "{" + text[m.end() : end] + "}" + text[end + 1 :]
+        elif arguments:  # of a scalar, or of a vector of another type
+            made = f"msl_vector<{m[0][:-1].strip()}>("
+            text = text[: m.start()] + made + text[m.end() :]
+            position = m.start() + len(made)
     text = re.sub(r"static_cast<([^<>*&]+)>\(", r"msl_cast<\1>(", text)
     # `constant const T name[n]` parameters decay to pointers
     text = re.sub(r"constant const (\w+) (\w+)\[\d+\](?=[,)])", r"constant const \1* \2", text)

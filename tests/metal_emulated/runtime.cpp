@@ -290,6 +290,11 @@ void copy_buffers_into_arena(MslBuffer* buffers, int n, std::vector<char>& stora
 
 using namespace msl;
 
+// What arithmetic.py adds to.
+extern "C" {
+long msl_arithmetic = 0;
+}
+
 extern "C" int msl_list_kernels(char* out, int out_bytes) {
   std::string names;
   for (auto& [name, entry] : kernels()) names += name + "\n";

@@ -69,6 +69,16 @@ inline constexpr To msl_cast(const From& v) {
     return static_cast<To>(v);
 }
 
+// float4(v) arrives here: of a scalar, for all elements, or of a vector of another type.
+template <class To, class From>
+inline constexpr To msl_vector(const From& v) {
+  if constexpr (std::is_arithmetic_v<From> || std::is_same_v<From, half> ||
+                std::is_same_v<From, bfloat>)
+    return (To)(std::remove_cv_t<std::remove_reference_t<decltype(To{}[0])>>)(v);
+  else
+    return __builtin_convertvector(v, To);
+}
+
 namespace metal {
 
 template <class T, int N>
@@ -148,6 +158,12 @@ MSL_UNARY(sin, ::sinf(x))
 MSL_UNARY(cos, ::cosf(x))
 MSL_UNARY(tanh, ::tanhf(x))
 
+template <class T>
+inline auto dot(T a, T b) {
+  auto sum = a[0] * b[0];
+  for (unsigned i = 1; i < sizeof(T) / sizeof(a[0]); i++) sum += a[i] * b[i];
+  return sum;
+}
 template <class T>
 inline T abs(T x) {
   if constexpr (std::is_unsigned_v<T>)

@@ -1,0 +1,2 @@
+// Nothing: the emulator's math functions take bfloat themselves.
+#pragma once

@@ -1,0 +1,2 @@
+// Nothing: the emulator has no os_log.
+#pragma once
