@@ -102,15 +102,15 @@ def accelerate(
     copied, and :func:`undo` is exact. Calling it again does nothing. What the layers then run
     follows :func:`mlx_lowbit.set_backend`.
 
-    On a GPU, where a decode step costs more for each operation than for its arithmetic, layers that
-    are called with the same x compute one product: ``q_proj``, ``k_proj`` and ``v_proj`` of a
-    parent, ``gate_proj`` and ``up_proj`` (those of experts too, with the same choice of experts),
-    and some others, as far as they are stored in the same format. Their parameters are evaluated
-    and become slices of one array: same names, shapes, bits and files, no second copy, except where
-    other code holds on to the former arrays. A layer whose parameters change later (loading,
-    casting, training, in place as well), or which is called with another x, computes its own
-    product, and soon all of its group do, until accelerate is called again. Results do not depend
-    on it beyond the rounding of float32 sums.
+    On an NVIDIA GPU, where a decode step costs more for each operation than for its arithmetic,
+    layers that are called with the same x compute one product: ``q_proj``, ``k_proj`` and
+    ``v_proj`` of a parent, ``gate_proj`` and ``up_proj`` (those of experts too, with the same
+    choice of experts), and some others, as far as they are stored in the same format. Their
+    parameters are evaluated and become slices of one array: same names, shapes, bits and files, no
+    second copy, except where other code holds on to the former arrays. A layer whose parameters
+    change later (loading, casting, training, in place as well), or which is called with another x,
+    computes its own product, and soon all of its group do, until accelerate is called again.
+    Results do not depend on it beyond the rounding of float32 sums.
 
     For the same reason, what a transformer block of a known class (Llama's and Mistral's in mlx-lm)
     computes for one token before and after its attention is compiled, with the bits of the block's
@@ -122,10 +122,10 @@ def accelerate(
 
     Args:
         model: a model of mlx-lm, of mlx-vlm, or any ``mlx.nn.Module``, a single layer included.
-        merge: share products among layers with the same x; None means on a GPU as the default
-            device. ``False`` ends the sharing of an earlier call.
-        compile: compile the work of blocks for one token; None means on a GPU as the default
-            device. ``False`` ends what an earlier call began.
+        merge: share products among layers with the same x; None means on an NVIDIA GPU as the
+            default device. ``False`` ends the sharing of an earlier call.
+        compile: compile the work of blocks for one token; None means on an NVIDIA GPU as the
+            default device. ``False`` ends what an earlier call began.
         backend: ``"auto"`` changes the layers whose format has a kernel for the default device;
             ``"lowbit"`` those of every format of this package whatever the device (for a model that
             will run on a stream of another one); ``"mlx"`` leaves MLX's layers, putting back those
@@ -170,7 +170,7 @@ def accelerate(
                 report.left.append(Left(path, reason))
     for module, cls in changes:
         swap.change_class(module, cls)
-    on_gpu = mx.default_device().type == mx.gpu
+    on_gpu = mx.default_device().type == mx.gpu and not mx.metal.is_available()
     if merge or (merge is None and on_gpu):
         report.merged = merge_model(swap.walk(model))
     elif merge is not None:

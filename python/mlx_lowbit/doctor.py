@@ -75,7 +75,8 @@ def facts() -> list[tuple[str, str]]:
     rows.append(("default device", str(mx.default_device())))
     others = ", ".join(name for name in _ext.targets() if name != _ext.target())
     rows.append(("cpu", f"{_ext.target()}, {_ext.threads()} threads (also built: {others})"))
-    rows += [("cuda", line) for line in _cuda()]
+    if platform.system() != "Darwin":
+        rows += [("cuda", line) for line in _cuda()]
     rows += [("metal", line) for line in _metal()]
     return rows
 
