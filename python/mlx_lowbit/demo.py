@@ -12,6 +12,9 @@ Nothing is downloaded. For bfloat16 and for each judged format it
 * quantizes the small trained model that ships with the package, and measures, accelerated, its
   perplexity on those sources of this machine's Python standard library that it was not trained on,
   with a sample of its text.
+
+Then it takes the three model definitions, tiny and random, from a checkpoint through ``convert`` to
+``generate``, ``describe`` and ``transcribe`` (``demo_models``).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_lowbit
-from mlx_lowbit import demo_model, formats
+from mlx_lowbit import demo_model, demo_models, formats
 from mlx_lowbit.demo_model import measure, reference
 
 BASELINE = "bfloat16"
@@ -324,6 +327,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help=f"formats to show instead of the judged ones, of: {', '.join(names)}",
     )
+    parser.add_argument("--no-models", action="store_true", help="leave the tiny models out")
     parser.add_argument("--seed", type=int, default=0, help="of weights and text (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     args = parser.parse_args(argv)
@@ -355,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report(rows, work))
     if args.json is not None:
         write_json(args.json, rows, work, args.seed)
+    if not args.no_models:
+        demo_models.run(args.seed)
     return 0
 
 

@@ -251,7 +251,7 @@ def test_end_token_does_not_stop_a_generation(trained):
 def test_quick_run_prints_and_writes_a_row_for_each_format(scratch, monkeypatch, capsys):
     monkeypatch.setattr(demo, "QUICK", TINY)
     target = scratch / "rows.json"
-    assert demo.main(["--quick", "--seed", "3", "--json", str(target)]) == 0
+    assert demo.main(["--quick", "--no-models", "--seed", "3", "--json", str(target)]) == 0
     assert [path.name for path in scratch.iterdir()] == ["rows.json"]
     names = [demo.BASELINE, *(fmt.name for fmt in demo.judged_formats())]
     record = json.loads(target.read_text())
@@ -274,7 +274,7 @@ def test_judged_formats_are_one_for_each_mode_and_width():
 def test_formats_can_be_chosen_and_keep_their_order(scratch, monkeypatch, capsys):
     monkeypatch.setattr(demo, "QUICK", TINY)
     names = [f.name for f in mlx_lowbit.formats.FORMATS if not f.judged][1::-1]
-    assert demo.main(["--quick", "--formats", *names]) == 0
+    assert demo.main(["--quick", "--no-models", "--formats", *names]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == [demo.BASELINE, *names]
     assert lines[5] == ""
