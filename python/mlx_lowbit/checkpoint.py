@@ -147,10 +147,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(directory: Path) -> dict[str, Any]:
     """``config.json``, with the tagged floats of transformers as floats.
 
+    Where it does not speak of quantization, the bits and group size of a ``quantize_config.json``
+    beside it (OminiX's) become its ``quantization``; that of another tool stays where it is.
+
     Raises:
         FileNotFoundError, ValueError: as :func:`read_json`.
     """
-    return _floats(read_json(directory / "config.json"))
+    config = _floats(read_json(directory / "config.json"))
+    beside = directory / "quantize_config.json"
+    if beside.exists() and not {"quantization", "quantization_config"} & config.keys():
+        block = read_json(beside)
+        block = block.get("quantization", block)
+        if isinstance(block, dict) and set(block) <= {"bits", "group_size", "mode"}:
+            config["quantization"] = block
+    return config
 
 
 def _floats(value: Any) -> Any:
