@@ -88,13 +88,19 @@ def stream_generate(
         more: further keywords of mlx-lm's ``stream_generate`` (kv_bits, max_kv_size, ...).
 
     Raises:
-        ValueError: a prompt longer than the model's context, or max_tokens below 1.
+        ValueError: a prompt longer than the model's context, max_tokens below 1, or a setting of
+            the sampler out of its range.
     """
     from mlx_lm.generate import stream_generate as of_mlx_lm
     from mlx_lm.sample_utils import make_sampler
 
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if not temp >= 0:
+        raise ValueError(f"temp must be at least 0, got {temp}")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
     tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
     check_length(model, len(tokens))
     sampler = make_sampler(temp, top_p, min_p, top_k=top_k)
@@ -125,6 +131,21 @@ def show(responses: Generator[Any, None, None]) -> int:
     return status
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """An option that is a JSON object.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The command line, with mlx-lm's names."""
     parser = argparse.ArgumentParser(
@@ -152,7 +173,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-group-size", type=int, default=64)
     parser.add_argument("--quantized-kv-start", type=int, default=5000)
     parser.add_argument(
-        "--chat-template-config", type=json.loads, default={}, help="JSON of further settings"
+        "--chat-template-config", type=json_object, default={}, help="JSON of further settings"
     )
     return parser
 
@@ -164,6 +185,9 @@ def _command(options: argparse.Namespace) -> int:
     if options.seed is not None:
         mx.random.seed(options.seed)
     model, tokenizer = load(options.model, **cli.load_options(options))
+    for method, command in (("encode_image", "describe"), ("audio_features", "transcribe")):
+        if hasattr(model, method):
+            raise ValueError(f"{options.model}: such a model is for mlx_lowbit.{command}")
     for token in options.extra_eos_token:
         tokenizer.add_eos_token(token)
     tokens = prompt_tokens(

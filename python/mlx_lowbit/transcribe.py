@@ -225,8 +225,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace) -> int:
     from .load import load
 
-    subtitles = options.output_format in ("srt", "vtt")
-    clip_seconds = options.clip_seconds or (SUBTITLE_SECONDS if subtitles else CLIP_SECONDS)
+    clip_seconds, target = options.clip_seconds, options.output_path
+    if clip_seconds is None:
+        subtitles = options.output_format in ("srt", "vtt")
+        clip_seconds = SUBTITLE_SECONDS if subtitles else CLIP_SECONDS
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
+        raise ValueError(f"{target}: expected a file in a directory that exists")
     model, processor = load(options.model, **cli.load_options(options))
     pieces = stream_transcribe(
         model,
@@ -238,8 +242,8 @@ def _command(options: argparse.Namespace) -> int:
         clip_seconds=clip_seconds,
     )
     found = collect(pieces, show=options.stream)
-    if options.output_path is not None:
-        write(formatted(found, options.output_format), options.output_path)
+    if target is not None:
+        write(formatted(found, options.output_format), target)
     elif not options.stream or options.output_format != "txt":
         print(formatted(found, options.output_format), end="")
     if not found.segments:
