@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import mlx.core as mx
+
 # What a user can mend: said in one line, without a traceback.
-MENDABLE = (ValueError, OSError, ImportError, RuntimeError, KeyError)
+MENDABLE = (ValueError, OSError, ImportError, RuntimeError, KeyError, MemoryError)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,19 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def seed(value: int | None) -> None:
+    """Seeds what is sampled; None leaves it as it is.
+
+    Raises:
+        ValueError: no seed that MLX takes.
+    """
+    if value is None:
+        return
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be between 0 and 2**64 - 1, got {value}")
+    mx.random.seed(value)
+
+
 def statistics(response: Any) -> str:
     """The lines that mlx-lm prints after a generation, of its last response."""
     return (
@@ -50,6 +66,8 @@ def statistics(response: Any) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an error without line ends."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -61,6 +79,9 @@ def run(
     options = parser.parse_args(argv)
     try:
         return command(options)
+    except BrokenPipeError:  # whoever read the output has enough; Python flushes it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import cli
-from .generate import show, stream_generate
+from .generate import check_options, show, stream_generate
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,20 +84,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def _command(options: argparse.Namespace) -> int:
     from .load import load
+    from .models.moxin_processing import open_image
 
-    if options.seed is not None:
-        mx.random.seed(options.seed)
+    settings = {name: getattr(options, name) for name in ("max_tokens", "temp", "top_p")}
+    check_options(**settings)
+    cli.seed(options.seed)
+    image = open_image(options.image)
     model, processor = load(options.model, **cli.load_options(options))
-    pieces = stream_describe(
-        model,
-        processor,
-        options.image,
-        options.prompt,
-        max_tokens=options.max_tokens,
-        temp=options.temp,
-        top_p=options.top_p,
-    )
-    return show(pieces)
+    return show(stream_describe(model, processor, image, options.prompt, **settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from . import cli
@@ -33,36 +32,73 @@ def prompt_tokens(
         template: further values for the template.
 
     Raises:
-        ValueError: `system` for a tokenizer without a chat template, or an empty prompt.
+        ValueError: `system` for a tokenizer without a chat template, a template that fails, or an
+            empty prompt.
     """
     if not (chat_template and tokenizer.chat_template):
         if system is not None:
             raise ValueError("a system message needs a chat template, and this tokenizer has none")
         tokens = tokenizer.encode(prompt)
     else:
+        from jinja2 import TemplateError
+
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         if thinking is not None:
             template["enable_thinking"] = thinking
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template
-        )
+        template |= {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        try:
+            tokens = tokenizer.apply_chat_template(messages, **template)
+        except TemplateError as error:
+            raise ValueError(f"the chat template: {error}") from error
     if len(tokens) == 0:
         raise ValueError("the prompt is empty")
     return [int(token) for token in tokens]
 
 
-def check_length(model: nn.Module, tokens: int) -> None:
-    """Refuses a prompt that does not fit.
+# What options may be: outside of it mlx-lm goes on, stops, or fails at a later place.
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_tokens": ("at least 1", lambda value: value >= 1),
+    "temp": ("at least 0 and finite", lambda value: 0 <= value < float("inf")),
+    "top_p": ("between 0 and 1", lambda value: 0 <= value <= 1),
+    "min_p": ("between 0 and 1", lambda value: 0 <= value <= 1),
+    "top_k": ("at least 0", lambda value: value >= 0),
+    "max_kv_size": ("at least 1", lambda value: value >= 1),
+    "prefill_step_size": ("at least 1", lambda value: value >= 1),
+    "kv_bits": ("2, 3, 4, 5, 6 or 8", lambda value: value in (2, 3, 4, 5, 6, 8)),
+    "kv_group_size": ("32, 64 or 128", lambda value: value in (32, 64, 128)),
+    "quantized_kv_start": ("at least 0", lambda value: value >= 0),
+}
+
+
+def check_options(**options: Any) -> None:
+    """Refuses values of generation that no model takes; None, and what is not known, passes.
 
     Raises:
-        ValueError: more tokens than the model has positions for.
+        ValueError: naming the option.
     """
-    limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
+    for name, value in options.items():
+        if name in _RANGES and value is not None and not _RANGES[name][1](value):
+            raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value}")
+
+
+def check_prompt(model: nn.Module, tokens: Sequence[int]) -> None:
+    """Refuses a prompt that does not fit the model.
+
+    Raises:
+        ValueError: more tokens than the model has positions for, or one that it has no row for.
+    """
+    args = getattr(model, "args", None)
+    limit = getattr(args, "max_position_embeddings", None)
+    if isinstance(limit, int) and len(tokens) > limit:
         raise ValueError(
-            f"the prompt has {tokens} tokens, and this model has positions for {limit}"
+            f"the prompt has {len(tokens)} tokens, and this model has positions for {limit}"
+        )
+    rows, largest = getattr(args, "vocab_size", None), max(tokens, default=0)
+    if isinstance(rows, int) and largest >= rows:
+        raise ValueError(
+            f"the tokenizer is another model's: it gives the id {largest}, and the model has {rows}"
         )
 
 
@@ -88,21 +124,15 @@ def stream_generate(
         more: further keywords of mlx-lm's ``stream_generate`` (kv_bits, max_kv_size, ...).
 
     Raises:
-        ValueError: a prompt longer than the model's context, max_tokens below 1, or a setting of
-            the sampler out of its range.
+        ValueError: a prompt that does not fit the model, or a setting out of its range.
     """
     from mlx_lm.generate import stream_generate as of_mlx_lm
     from mlx_lm.sample_utils import make_sampler
 
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    if not temp >= 0:
-        raise ValueError(f"temp must be at least 0, got {temp}")
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    sampling = {"temp": temp, "top_p": top_p, "min_p": min_p, "top_k": top_k}
+    check_options(max_tokens=max_tokens, **sampling, **more)
     tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
-    check_length(model, len(tokens))
+    check_prompt(model, tokens)
     sampler = make_sampler(temp, top_p, min_p, top_k=top_k)
     yield from of_mlx_lm(model, tokenizer, tokens, max_tokens, sampler=sampler, **more)
 
@@ -181,9 +211,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace) -> int:
     from .load import load
 
+    names = ("temp", "top_p", "min_p", "top_k", "max_tokens", "kv_bits", "kv_group_size")
+    names += ("quantized_kv_start", "max_kv_size", "prefill_step_size")
+    settings = {name: getattr(options, name) for name in names}
+    check_options(**settings)
+    cli.seed(options.seed)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if options.seed is not None:
-        mx.random.seed(options.seed)
     model, tokenizer = load(options.model, **cli.load_options(options))
     for method, command in (("encode_image", "describe"), ("audio_features", "transcribe")):
         if hasattr(model, method):
@@ -198,20 +231,8 @@ def _command(options: argparse.Namespace) -> int:
         chat_template=not options.ignore_chat_template,
         **options.chat_template_config,
     )
-    cache = {
-        "kv_bits": options.kv_bits,
-        "kv_group_size": options.kv_group_size,
-        "quantized_kv_start": options.quantized_kv_start,
-        "max_kv_size": options.max_kv_size,
-        "prefill_step_size": options.prefill_step_size,
-    }
-    sampling = {name: getattr(options, name) for name in ("temp", "top_p", "min_p", "top_k")}
-    check_length(model, len(tokens))
-    return show(
-        stream_generate(
-            model, tokenizer, tokens, max_tokens=options.max_tokens, **sampling, **cache
-        )
-    )
+    check_prompt(model, tokens)
+    return show(stream_generate(model, tokenizer, tokens, **settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -230,7 +230,9 @@ class Host:
         message = ctypes.create_string_buffer(4096)
         self.launches.clear()
         self.errors.clear()
-        status = getattr(self._functions, function)(*arguments, message, len(message))
+        status = getattr(self._functions, function)(
+            *arguments, message, ctypes.c_size_t(len(message))
+        )
         if status:
             raise (Refused if status == 1 else RuntimeError)(message.value.decode())
         if self.errors:
