@@ -50,7 +50,7 @@ def prompt_tokens(
         template |= {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
         try:
             tokens = tokenizer.apply_chat_template(messages, **template)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template: {error}") from error
     if len(tokens) == 0:
         raise ValueError("the prompt is empty")
@@ -133,6 +133,9 @@ def stream_generate(
     check_options(max_tokens=max_tokens, **sampling, **more)
     tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
     check_prompt(model, tokens)
+    rows = getattr(getattr(model, "args", None), "vocab_size", None)
+    if isinstance(rows, int) and top_k >= rows:
+        raise ValueError(f"top_k must be below the {rows} tokens of the model, got {top_k}")
     sampler = make_sampler(temp, top_p, min_p, top_k=top_k)
     yield from of_mlx_lm(model, tokenizer, tokens, max_tokens, sampler=sampler, **more)
 

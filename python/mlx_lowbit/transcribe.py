@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from . import cli
-from .generate import stream_generate
+from .generate import check_options, stream_generate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +47,8 @@ class Transcription:
         language: names in the order they were heard, with commas between them.
         audio_seconds: of the recording; ``seconds``: that it took.
         last: mlx-lm's response with the statistics of the last clip.
+        complete: whether the recording was heard to its end; Ctrl-C leaves the last segment
+            unfinished.
     """
 
     language: str
@@ -54,6 +57,7 @@ class Transcription:
     audio_seconds: float
     seconds: float
     last: Any = field(default=None, repr=False)
+    complete: bool = True
 
     @property
     def real_time_factor(self) -> float:
@@ -82,6 +86,8 @@ def stream_transcribe(
 ) -> Generator[Piece, None, None]:
     """The text of a recording as it comes, and a segment at the end of each clip.
 
+    Ctrl-C ends the clip where it is: its segment comes, then KeyboardInterrupt is raised.
+
     Args:
         model, processor: as :func:`mlx_lowbit.load` returns them for a speech recognition model.
         audio: a file that soundfile reads (any rate, channels are averaged), or floats [samples]
@@ -105,28 +111,35 @@ def stream_transcribe(
     clips = cut(samples, clip_seconds)
     for clip in tqdm(clips, desc="clips", disable=None if len(clips) > 1 else True):
         inputs = processor(clip.samples, language, context)
-        heard = model.embed_inputs(mx.array([inputs.tokens]), mx.array(inputs.features))
         ends, tokens, shown, response = processor.tokenizer.eos_token_ids, [], "", None
-        for response in stream_generate(
-            model,
-            processor.tokenizer,
-            inputs.tokens,
-            max_tokens=max_tokens,
-            input_embeddings=heard[0],
-            **more,
-        ):
-            if response.token not in ends:
-                tokens.append(response.token)
-            now = processor.parse(tokens, language)
-            # Only what later tokens cannot change: no part of a character, no language yet.
-            stable = now.text.rstrip("\ufffd") if now.language or language else ""
-            if stable.startswith(shown) and len(stable) > len(shown):
-                yield Piece(stable[len(shown) :], None, response)
-                shown = stable
-        heard_text = processor.parse(tokens, language)
-        segment = Segment(*clip.seconds, heard_text.language, heard_text.text)
-        rest = heard_text.text[len(shown) :] if heard_text.text.startswith(shown) else ""
-        yield Piece(rest, segment, response)
+        stopped = False
+        try:
+            heard = model.embed_inputs(mx.array([inputs.tokens]), mx.array(inputs.features))
+            for response in stream_generate(
+                model,
+                processor.tokenizer,
+                inputs.tokens,
+                max_tokens=max_tokens,
+                input_embeddings=heard[0],
+                **more,
+            ):
+                if response.token not in ends:
+                    tokens.append(response.token)
+                now = processor.parse(tokens, language)
+                # Only what later tokens cannot change: no part of a character, no language yet.
+                stable = now.text.rstrip("\ufffd") if now.language or language else ""
+                if stable.startswith(shown) and len(stable) > len(shown):
+                    new, shown = stable[len(shown) :], stable
+                    yield Piece(new, None, response)
+        except KeyboardInterrupt:
+            stopped = True
+        if tokens or not stopped:
+            said = processor.parse(tokens, language)
+            segment = Segment(*clip.seconds, said.language, said.text)
+            rest = said.text[len(shown) :] if said.text.startswith(shown) else ""
+            yield Piece(rest, segment, response)
+        if stopped:
+            raise KeyboardInterrupt
 
 
 def transcribe(
@@ -144,23 +157,30 @@ def collect(pieces: Generator[Piece, None, None], show: bool = False) -> Transcr
     """
     from .models.qwen3_asr_processing import Transcript, join
 
-    begin, segments, last = time.perf_counter(), [], None
+    begin, segments, last, complete = time.perf_counter(), [], None, True
+
+    def take(piece: Piece) -> None:
+        nonlocal last
+        last = piece.response or last
+        if piece.segment is not None:
+            segments.append(piece.segment)
+        if show:
+            print(piece.text, end="", flush=True)
+
     try:
         for piece in pieces:
-            if show:
-                print(piece.text, end="", flush=True)
-            last = piece.response or last
-            if piece.segment is not None:
-                segments.append(piece.segment)
+            take(piece)
     except KeyboardInterrupt:
+        complete = False
+        # Between two pieces, the clip's segment is still to come; otherwise this raises again.
+        with suppress(KeyboardInterrupt, StopIteration):
+            take(pieces.throw(KeyboardInterrupt))
         pieces.close()
     if show:
         print()
     whole = join(Transcript(s.language, s.text) for s in segments)
-    audio = segments[-1].end if segments else 0.0
-    return Transcription(
-        whole.language, whole.text, segments, audio, time.perf_counter() - begin, last
-    )
+    audio, took = segments[-1].end if segments else 0.0, time.perf_counter() - begin
+    return Transcription(whole.language, whole.text, segments, audio, took, last, complete)
 
 
 def clock(seconds: float, comma: str) -> str:
@@ -191,20 +211,41 @@ def formatted(found: Transcription, output_format: str) -> str:
         raise ValueError(f"output_format: expected {', '.join(FORMATS)}, got {output_format!r}")
     comma = "," if output_format == "srt" else "."
     lines = [] if output_format == "srt" else ["WEBVTT", ""]
-    for number, segment in enumerate(found.segments, 1):
+    # A line that is empty would end a subtitle; what has no text is none.
+    shown = [(s, " ".join(s.text.split())) for s in found.segments if s.text.strip()]
+    for number, (segment, text) in enumerate(shown, 1):
         lines += [str(number)] if output_format == "srt" else []
         lines.append(f"{clock(segment.start, comma)} --> {clock(segment.end, comma)}")
-        lines += [segment.text, ""]
-    return "\n".join(lines) + ("" if lines and lines[-1] == "" else "\n")
+        lines += [text.replace("-->", "->"), ""]
+    return "".join(f"{line}\n" for line in lines).removesuffix("\n")
+
+
+def check_target(path: Path, audio: str) -> None:
+    """Refuses an output file that cannot be written, or that is the recording.
+
+    Raises:
+        OSError, ValueError: naming it.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path}: expected a file in a directory that exists")
+    if path.exists() and os.path.exists(audio) and path.samefile(audio):
+        raise ValueError(f"{path}: expected another file than the recording itself")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path}: cannot be written")
 
 
 def write(content: str, path: Path) -> None:
-    """The file at `path`, whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, delete=False, encoding="utf-8"
-    ) as temporary:
-        temporary.write(content)
-    os.replace(temporary.name, path)
+    """The file at `path`, whole or not at all; a device or a pipe is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -224,18 +265,23 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def _command(options: argparse.Namespace) -> int:
     from .load import load
+    from .models.qwen3_asr_processing import read_audio
 
     clip_seconds, target = options.clip_seconds, options.output_path
     if clip_seconds is None:
         subtitles = options.output_format in ("srt", "vtt")
         clip_seconds = SUBTITLE_SECONDS if subtitles else CLIP_SECONDS
-    if target is not None and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"{target}: expected a file in a directory that exists")
+    check_options(max_tokens=options.max_tokens)
+    if not clip_seconds >= 1:
+        raise ValueError(f"clip_seconds: expected at least 1, got {clip_seconds:g}")
+    if target is not None:
+        check_target(target, options.audio)
+    samples = read_audio(options.audio)
     model, processor = load(options.model, **cli.load_options(options))
     pieces = stream_transcribe(
         model,
         processor,
-        options.audio,
+        samples,
         language=options.language,
         context=options.context,
         max_tokens=options.max_tokens,
@@ -247,7 +293,7 @@ def _command(options: argparse.Namespace) -> int:
     elif not options.stream or options.output_format != "txt":
         print(formatted(found, options.output_format), end="")
     if not found.segments:
-        return 130
+        return 130  # Ctrl-C before the first word
     print("=" * 10)
     print(f"Language: {found.language or 'none'}")
     if found.last is not None:
@@ -256,7 +302,7 @@ def _command(options: argparse.Namespace) -> int:
         f"Audio: {found.audio_seconds:.2f} s in {found.seconds:.2f} s, "
         f"real-time factor {found.real_time_factor:.3f}"
     )
-    return 0
+    return 0 if found.complete else 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
