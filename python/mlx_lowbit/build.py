@@ -57,8 +57,7 @@ def build(
         TensorError: a tensor that does not fit.
         ValueError: as :func:`load`.
     """
-    model = module.Model(module.ModelArgs.from_dict(config)).eval()
-    block = recipes.read_block(config) if weights is not None else None
+    model, block = _configured(module, config, weights is not None)
     if weights is None:
         weights = dict(tree_flatten(model.parameters()))
     elif hasattr(model, "sanitize"):
@@ -86,6 +85,20 @@ def build(
     _check_parameters(model, weights)
     model.load_weights(list(weights.items()))
     return model
+
+
+def _configured(
+    module: Any, config: dict[str, Any], stored: bool
+) -> tuple[nn.Module, recipes.Block | None]:
+    """The model of a configuration, and how it says that `stored` weights are quantized."""
+    try:
+        args = module.ModelArgs.from_dict(config)
+        return module.Model(args).eval(), recipes.read_block(config) if stored else None
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
+    # What mlx-lm's models make of missing and of wrong values.
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"config.json: it does not fit the model: {error}") from error
 
 
 def float_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:

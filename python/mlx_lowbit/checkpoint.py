@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -320,34 +317,6 @@ def _entry_fault(entry: Any, data: int) -> str | None:
 
 
 # --- writing -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path`, which gets that name if the block succeeds.
-
-    Raises:
-        FileExistsError: `path` is there and is no empty directory.
-    """
-    check_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_absent(path: Path) -> None:
-    """Refuses a path that is there already, unless it is an empty directory.
-
-    Raises:
-        FileExistsError: naming it.
-    """
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise FileExistsError(f"{path}: already exists; delete it or choose another path")
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -14,11 +14,11 @@ import mlx.nn as nn
 
 from . import cli, formats, models, recipes
 from .build import Change, build, float_dtype
-from .checkpoint import check_absent, new_directory, read_config
+from .checkpoint import read_config
 from .load import ORIGIN, Source, check_finite, load_processor, open_model, resolve
 from .nn import swap
 from .recipes import Predicate
-from .save import count, write
+from .save import check_target, count, new_directory, write
 
 NAME = "mlx_lowbit.convert"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -141,7 +141,8 @@ def convert(
     )
     target = Path(mlx_path).expanduser()
     if not dry_run:
-        check_absent(target)
+        local = Path(hf_path).expanduser()
+        check_target(target, local if local.is_dir() else None)
     print("[INFO] Loading")
     source = resolve(hf_path, revision, weights=not dry_run)
     config = read_config(source.directory)
@@ -182,10 +183,13 @@ def _change(
         raise ValueError("quantize and dequantize exclude each other")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not quantize and (recipe is not None or vision or audio or bits or group_size):
+    chosen = (recipe, bits, group_size) != (None, None, None) or mode != "affine"
+    if not quantize and (chosen or vision or audio):
         raise ValueError(
-            "quant_predicate, vision, audio, q_bits and q_group_size need quantize (-q)"
+            "quant_predicate, vision, audio, q_bits, q_group_size and q_mode need quantize (-q)"
         )
+    if isinstance(recipe, str) and bits is not None:
+        raise ValueError(f"q_bits: expected none with quant_predicate {recipe!r}, got {bits}")
     if isinstance(recipe, str) and mode != "affine":
         raise ValueError(f"quant_predicate {recipe!r} needs q_mode 'affine', got {mode!r}")
     storage = recipes.storage(mode, bits, group_size) if quantize else None

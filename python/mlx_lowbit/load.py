@@ -123,6 +123,8 @@ def resolve(
         FileNotFoundError: neither a directory nor a repository.
         NotADirectoryError: a file.
     """
+    if not str(path):
+        raise FileNotFoundError("path: expected a directory or the id of a repository, got ''")
     directory = Path(path).expanduser()
     if directory.is_dir():
         return Source(directory)
@@ -258,13 +260,12 @@ def load_processor(
         raise FileNotFoundError(f"{directory}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+    ends = end_tokens(directory, config)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     defaults = getattr(module, "TOKENIZER_DEFAULTS", None)
     more = {} if defaults is None else {"defaults": defaults}
     try:
-        tokenizer = load_tokenizer(
-            directory, options, eos_token_ids=end_tokens(directory, config), **more
-        )
+        tokenizer = load_tokenizer(directory, options, eos_token_ids=ends, **more)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{directory}: the tokenizer cannot be read: {reason}") from error
@@ -277,8 +278,24 @@ def load_processor(
     return tokenizer
 
 
-def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int] | int | None:
-    """The ids that end a text: ``generation_config.json``'s, else the configuration's."""
+def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int] | None:
+    """The ids that end a text: ``generation_config.json``'s, else the configuration's, if any.
+
+    Raises:
+        ValueError: what is no id or list of ids, naming the file.
+    """
     file = directory / "generation_config.json"
-    found = read_json(file).get("eos_token_id") if file.is_file() else None
-    return config.get("eos_token_id") if found is None else found
+    parts = [(file, read_json(file))] if file.is_file() else []
+    parts += [
+        (directory / "config.json", part)
+        for part in (config, config.get("thinker_config"), config.get("text_config"))
+    ]
+    for where, part in parts:
+        found = part.get("eos_token_id") if isinstance(part, Mapping) else None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if any(isinstance(each, bool) or not isinstance(each, int) for each in ids):
+            raise ValueError(f"{where}: eos_token_id: expected an id or a list, got {found!r}")
+        return ids
+    return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +53,63 @@ def save(
 
     Raises:
         TypeError: `model` is no ``mlx.nn.Module``.
-        ValueError: no configuration is known.
+        ValueError: no configuration is known, or `path` is within the directory that the model was
+            loaded from.
         FileExistsError: `path` is there already.
-        OSError: not enough space.
+        OSError: a path that cannot be written, or not enough space.
     """
     swap.check_model(model)
     origin: Origin | None = getattr(model, ORIGIN, None)
     if config is None and origin is None:
         raise ValueError("config: expected the model's config.json, since load() did not make it")
     target = Path(path).expanduser()
-    with checkpoint.new_directory(target) as directory:
+    check_target(target, None if origin is None else origin.source.directory)
+    with new_directory(target) as directory:
         write(model, directory, config or origin.config, origin, processor, name=target.name)
     return target
+
+
+def check_target(path: Path, source: Path | None = None) -> None:
+    """Refuses a directory to write that is there already, unless it is empty, or cannot be made.
+
+    Args:
+        source: a directory that is read; nothing is written into it.
+
+    Raises:
+        FileExistsError, NotADirectoryError, PermissionError, ValueError: naming `path`.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise FileExistsError(f"{path}: already exists; delete it or choose another path")
+    parent = next(each for each in path.absolute().parents if each.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path}: cannot be made, since {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be made, since {parent} cannot be written")
+    if source is not None and source.resolve() in path.resolve().parents:
+        raise ValueError(f"{path}: expected a directory outside of {source}, which is read")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path`, which gets that name if the block succeeds.
+
+    Raises:
+        FileExistsError, NotADirectoryError, PermissionError: as :func:`check_target`.
+    """
+    check_target(path)
+    made = [each for each in path.absolute().parents if not each.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for each in made:
+            with suppress(OSError):  # no longer empty
+                each.rmdir()
+        raise
 
 
 def write(

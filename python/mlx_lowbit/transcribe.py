@@ -288,12 +288,12 @@ def _command(options: argparse.Namespace) -> int:
         clip_seconds=clip_seconds,
     )
     found = collect(pieces, show=options.stream)
+    if not found.segments:
+        return 130  # Ctrl-C before the first word
     if target is not None:
         write(formatted(found, options.output_format), target)
     elif not options.stream or options.output_format != "txt":
         print(formatted(found, options.output_format), end="")
-    if not found.segments:
-        return 130  # Ctrl-C before the first word
     print("=" * 10)
     print(f"Language: {found.language or 'none'}")
     if found.last is not None:

@@ -77,6 +77,23 @@ def test_same_bits(judged_fmt, dtype, merge, batch, steps):
     assert not any(step.STEP in vars(block) for block in model.layers)
 
 
+def test_blocks_of_our_own_definition(usual_fmt, steps):
+    """Moxin's decoder."""
+    mistral = pytest.importorskip("mlx_lowbit.models.mistral")
+
+    def model(**options):
+        mx.random.seed(3)
+        own = mistral.Model(mistral.ModelArgs.from_dict({**CONFIG, "model_type": "mistral"}))
+        own.set_dtype(mx.bfloat16)
+        mlx_nn.quantize(own, **strategies.format_keywords(usual_fmt))
+        return own, accelerate(own, **options)
+
+    expected = decoded(model(merge=True, compile=False)[0])
+    compiled, report = model(merge=True, compile=True)
+    assert report.compiled == PATHS
+    assert np.array_equal(decoded(compiled), expected) and len(steps) == 8
+
+
 def test_weights_belong_to_the_products(usual_fmt, count):
     model, _ = made(usual_fmt, merge=True, compile=True)
     count.clear()

@@ -8,6 +8,7 @@ with the tower's mean and deviation. Pillow is imported where an image is touche
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ STATISTICS = (
 )
 BICUBIC = 3  # Pillow's number for it, and that of the published files
 _IMAGE_MARK = "<image>"
+_MOST_PIXELS = 1 << 27  # of an image on the way, which a thin one can exceed
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -44,9 +46,12 @@ def open_image(path: str | Path) -> Image.Image:
     except ImportError:
         raise ImportError("images need Pillow: pip install 'mlx-lowbit[vlm]'") from None
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            # Of large images; the largest are refused.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image of a kind that Pillow reads") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -101,6 +106,7 @@ def letterbox(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
 
     width, height = image.size
     across, down = (max(image.size) - width) // 2, (max(image.size) - height) // 2
+    _check_area(image, width + 2 * across, height + 2 * down)
     square = Image.new("RGB", (width + 2 * across, height + 2 * down), fill)
     square.paste(image, (across, down))
     return square
@@ -113,9 +119,16 @@ def resize(image: Image.Image, size: tuple[int, int] | int, interpolation: int) 
         short, long = sorted((width, height))
         other = int(size * long / short)
         size = (other, size) if width <= height else (size, other)
+        _check_area(image, *size)
     if (height, width) == tuple(size):
         return image
     return image.resize((size[1], size[0]), interpolation)
+
+
+def _check_area(image: Image.Image, one: int, other: int) -> None:
+    if one * other > _MOST_PIXELS:
+        width, height = image.size
+        raise ValueError(f"an image of {width} x {height} pixels is too thin for this model")
 
 
 def crop_middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -306,7 +319,8 @@ class Processor:
         """`image` (a path: :func:`open_image`) -> float32 [1, 6, H, W], DINOv2's channels first.
 
         Raises:
-            OSError, ValueError: as :func:`open_image`.
+            OSError, ValueError: as :func:`open_image`, or an image so thin that making it square
+                takes too much memory.
         """
         image = open_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
         return np.concatenate([tower(image) for tower in self.towers])[None]

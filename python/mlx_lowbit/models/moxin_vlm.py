@@ -359,12 +359,10 @@ def load_processor(directory: str | Path, config: dict[str, Any]) -> Processor:
     directory, args = Path(directory), ModelArgs.from_dict(config)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"{directory}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
-    ends = end_tokens(directory, config)
-    ends = args.text_config.get("eos_token_id") if ends is None else ends
     # A tokenizer of Llama's family; transformers itself does not know this model_type.
     options = {"local_files_only": True, "config": LlamaConfig()}
     try:
-        tokenizer = load(directory, options, eos_token_ids=ends)
+        tokenizer = load(directory, options, eos_token_ids=end_tokens(directory, config))
     # What the libraries below raise for damaged files is not limited to one class.
     except Exception as error:
         reason = " ".join(str(error).split())

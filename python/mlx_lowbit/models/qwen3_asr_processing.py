@@ -5,6 +5,7 @@ soundfile and soxr are imported where a file is read.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint import read_json
 from .qwen3_asr_audio import SAMPLE_RATE, log_mel, output_length
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ MAX_SECONDS = 1200.0  # of a clip; the model was trained for no more
 _SEARCH_SECONDS = 5.0  # to either side of where a clip should end
 _QUIET_SECONDS = 0.1  # of the stretch that is looked for there
 _BLOCK = 1 << 20  # frames of a file at a time
+_LEAST_RATE = 1000  # resampling would make a very long recording of a small file below
 
 _TEXT_MARK = "<asr_text>"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -71,10 +72,12 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
     if not np.isfinite(samples).all():
         first = int(np.flatnonzero(~np.isfinite(samples))[0])
         raise ValueError(f"{path}: sample {first} is {samples[first]}")
-    samples = resample(samples, rate)
     if samples.size == 0:
         raise ValueError(f"{path}: it holds no sound")
-    return samples
+    if rate < _LEAST_RATE:
+        raise ValueError(f"{path}: expected a rate of at least {_LEAST_RATE} Hz, got {rate}")
+    found = resample(samples, rate)
+    return found if found.size else samples[:1]
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -122,7 +125,7 @@ def cut(samples: np.ndarray, max_seconds: float = MAX_SECONDS) -> list[Clip]:
     """
     if not max_seconds >= 1:
         raise ValueError(f"max_seconds: expected at least 1, got {max_seconds!r}")
-    limit = min(int(max_seconds * SAMPLE_RATE), max(samples.size, 1))
+    limit = math.ceil(min(max_seconds * SAMPLE_RATE, max(samples.size, 1)))
     reach = min(int(_SEARCH_SECONDS * SAMPLE_RATE), limit // 4)
     clips, start = [], 0
     while samples.size - start > limit:
@@ -269,6 +272,8 @@ class Processor:
             raise FileNotFoundError(f"{directory}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
         from mlx_lm.tokenizer_utils import load
 
+        from ..load import end_tokens
+
         try:
             tokenizer = load(directory, {"local_files_only": True})
         # What the readers of tokenizer files raise is not limited to one class.
@@ -280,10 +285,13 @@ class Processor:
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
-        for token in (*ends, *_end_tokens(directory, config or {})):
-            if isinstance(token, int):
-                tokenizer.eos_token_ids.add(token)
+        ends += end_tokens(directory, config or {}) or []
+        tokenizer.eos_token_ids.update(token for token in ends if isinstance(token, int))
         return self
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(str(directory))
 
     def __call__(
         self, samples: np.ndarray, language: str | None = None, context: str = ""
@@ -376,12 +384,3 @@ _MARKS = (
     "<|audio_pad|>",
     _TEXT_MARK,
 )
-
-
-def _end_tokens(directory: Path, config: dict[str, Any]) -> list[int]:
-    """The ids that end a text, from generation_config.json or config.json."""
-    file = directory / "generation_config.json"
-    found = read_json(file).get("eos_token_id") if file.is_file() else None
-    for part in (config, config.get("thinker_config") or {}):
-        found = part.get("eos_token_id") if found is None else found
-    return [found] if isinstance(found, int) else list(found or ())

@@ -35,12 +35,13 @@ from .quantized import QuantizedLinear
 STEP = "_step"
 """Plain attribute, never a parameter: how a block computes one token, or None."""
 
-# Module, block, its attention and its feed-forward layer in mlx-lm, with a digest of the text of
-# the three forward passes that Step takes apart. Another text, in a version to come, is left alone:
+# Module, block, its attention and its feed-forward layer, with a digest of the text of the three
+# forward passes that Step takes apart. Another text, in a version to come, is left alone:
 # whether it computes the same is for tests to say (test_step.py), not for a run to find out, where
 # the first attention alone takes cuDNN seconds.
 KNOWN = {
     ("mlx_lm.models.llama", "TransformerBlock", "Attention", "MLP"): ("c0cb25ad91c01157",),
+    ("mlx_lowbit.models.mistral", "TransformerBlock", "Attention", "MLP"): ("f1c3119733ae58ab",),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
