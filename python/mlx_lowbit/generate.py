@@ -28,7 +28,8 @@ def prompt_tokens(
 
     Args:
         system: the system message; needs a chat template.
-        thinking: what the template's ``enable_thinking`` is set to; None leaves its default.
+        thinking: what the template's ``enable_thinking`` is set to; None: whether the tokenizer has
+            tokens for it.
         template: further values for the template.
 
     Raises:

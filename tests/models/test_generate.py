@@ -71,6 +71,19 @@ def test_what_a_plain_tokenizer_cannot_do_is_refused():
         command.prompt_tokens(plain, "")
 
 
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ raise_exception('no words') }}", "{{ 'a' + none }}"]
+)
+def test_a_template_that_fails_is_named(template):
+    with pytest.raises(ValueError, match=r"^the chat template: \S"):
+        command.prompt_tokens(tiny_tokenizer.wrapped(template=template), "hi")
+
+
+def test_settings_of_a_template_do_not_replace_what_is_asked_for(tokenizer):
+    tokens = command.prompt_tokens(tokenizer, "hi", tokenize=False, add_generation_prompt=False)
+    assert tokens == command.prompt_tokens(tokenizer, "hi")
+
+
 def greedy(model, tokens, count):
     for _ in range(count):
         tokens = [*tokens, mx.argmax(model(mx.array([tokens]))[0, -1]).item()]
@@ -139,6 +152,19 @@ def test_the_command_prints_text_and_statistics(loaded, capsys):
         (["--model", "m", "-p", "x" * 65, "--ignore-chat-template"], "positions for 64"),
         (["--model", "m", "-m", "0"], "max_tokens"),
         (["--model", "m", "-p", "", "--ignore-chat-template"], "empty"),
+        (["--model", "m", "--seed", "-1"], "seed must be between 0 and"),
+        (["--model", "m", "--seed", str(2**64)], "seed must be between 0 and"),
+        (["--model", "m", "--temp", "nan"], "temp must be at least 0 and finite"),
+        (["--model", "m", "--temp", "inf"], "temp must be at least 0 and finite"),
+        (["--model", "m", "--min-p", "2"], "min_p must be between 0 and 1"),
+        (["--model", "m", "--top-k", "-1"], "top_k must be at least 0"),
+        (["--model", "m", "--top-k", "262"], "top_k must be below the 262 tokens"),
+        (["--model", "m", "--kv-bits", "7"], "kv_bits must be 2, 3, 4, 5, 6 or 8"),
+        (["--model", "m", "--kv-bits", "0"], "kv_bits must be 2, 3, 4, 5, 6 or 8"),
+        (["--model", "m", "--kv-group-size", "48"], "kv_group_size must be 32, 64 or 128"),
+        (["--model", "m", "--quantized-kv-start", "-1"], "quantized_kv_start must be at least 0"),
+        (["--model", "m", "--max-kv-size", "0"], "max_kv_size must be at least 1"),
+        (["--model", "m", "--prefill-step-size", "0"], "prefill_step_size must be at least 1"),
     ],
 )
 def test_errors_are_one_line_and_status_1(loaded, capsys, arguments, message):

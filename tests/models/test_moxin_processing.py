@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import mlx.core as mx
 import numpy as np
@@ -259,6 +260,18 @@ def test_an_image_too_large_to_decode_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"large\.png.*decompression bomb"):
         processing.open_image(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # where Pillow warns only
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert processing.open_image(tmp_path / "large.png").size == drawn().size
+
+
+@pytest.mark.parametrize("strategy", ["letterbox", "resize-crop"])
+@pytest.mark.parametrize("size", [(100000, 1), (1, 100000)])
+def test_an_image_too_thin_to_be_made_square_is_refused(strategy, size):
+    """Its square, or its shorter side in 14 pixels or more, would take gigabytes."""
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is too thin"):
+        processor(image_resize_strategy=strategy).pixels(Image.new("RGB", size))
 
 
 # --- prompts ------------------------------------------------------------------------------------

@@ -147,7 +147,9 @@ def test_files_that_are_no_sound_are_refused(tmp_path):
         "silent.wav": "it holds no sound",
         "nan.wav": "sample 2 is nan",
         "cut.flac": "not a sound file that can be read",
+        "slow.wav": "expected a rate of at least 1000 Hz, got 5",
     }
+    soundfile.write(tmp_path / "slow.wav", values.clip(1), 5)
     for name, message in expected.items():
         with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: {message}"):
             read_audio(tmp_path / name)
@@ -155,6 +157,8 @@ def test_files_that_are_no_sound_are_refused(tmp_path):
         read_audio(tmp_path / "none.wav")
     with pytest.raises(IsADirectoryError, match="got a directory"):
         read_audio(tmp_path)
+    soundfile.write(tmp_path / "one.wav", np.array([0.5]), 48000)
+    assert read_audio(tmp_path / "one.wav").shape == (1,)
 
 
 # --- clips --------------------------------------------------------------------------------------
@@ -174,6 +178,10 @@ def test_clips_are_the_recording(seconds, limit, seed):
         assert after.start == clip.start + clip.samples.size
         assert limit - reach <= clip.samples.size / 16000 <= limit + reach
     assert clips[-1].samples.size / 16000 <= limit and clips[0].start == 0
+
+
+def test_an_endless_clip_is_the_recording():
+    assert [c.samples.size for c in cut(np.zeros(9), float("inf"))] == [9]
 
 
 def test_cuts_are_where_it_is_quiet():

@@ -338,7 +338,7 @@ def test_files_of_torch_and_of_ours_hold_the_same(tmp_path):
     """The library reads what MLX wrote, without MLX."""
     pytest.importorskip("torch")
     model = new_model(config())
-    path = write(tmp_path, published(model), config())
+    path = write(tmp_path / "source", published(model), config())
     saved = save(load(path)[0], tmp_path / "saved")
     with safetensors.safe_open(saved / MODEL, framework="pt") as file:
         value = file.get_tensor(f"{VALUE}.weight").float().numpy()

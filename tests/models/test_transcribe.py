@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import signal
 
 import mlx.core as mx
 import numpy as np
@@ -106,10 +109,10 @@ FOUND = command.Transcription(
 def test_formats():
     assert command.formatted(FOUND, "txt") == "one two\n"
     assert command.formatted(FOUND, "srt") == (
-        "1\n00:00:00,000 --> 00:01:01,500\none\n\n2\n00:01:01,500 --> 01:02:03,046\n two\n"
+        "1\n00:00:00,000 --> 00:01:01,500\none\n\n2\n00:01:01,500 --> 01:02:03,046\ntwo\n"
     )
     assert command.formatted(FOUND, "vtt") == (
-        "WEBVTT\n\n00:00:00.000 --> 00:01:01.500\none\n\n00:01:01.500 --> 01:02:03.046\n two\n"
+        "WEBVTT\n\n00:00:00.000 --> 00:01:01.500\none\n\n00:01:01.500 --> 01:02:03.046\ntwo\n"
     )
     document = json.loads(command.formatted(FOUND, "json"))
     assert document["language"] == "English" and document["segments"][1]["start"] == 61.5
@@ -156,13 +159,154 @@ def test_unknown_languages_are_refused(directory, recording, capsys):
     assert "Klingon" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_what_there_is():
-    def interrupted():
-        yield command.Piece("one", FOUND.segments[0], None)
-        raise KeyboardInterrupt
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C in the second of two clips, while a token is computed or between two pieces."""
 
-    found = command.collect(interrupted())
-    assert found.text == "one" and found.audio_seconds == 61.5
+    def at(where):
+        own, clips = command.stream_generate, []
+
+        def stop_at_the_third(*arguments, **more):
+            clips.append(0)
+            for index, response in enumerate(own(*arguments, **more)):
+                if len(clips) == 2 and index == 3 and where == "in a token":
+                    signal.raise_signal(signal.SIGINT)
+                yield response
+
+        monkeypatch.setattr(command, "stream_generate", stop_at_the_third)
+        if where == "between pieces":
+            # Once, when text of the second clip is to be printed.
+            def show(text="", **_):
+                if len(clips) == 2 and text:
+                    clips.append(0)
+                    signal.raise_signal(signal.SIGINT)
+
+            monkeypatch.setattr(command, "print", show, raising=False)
+
+    return at
+
+
+@pytest.mark.parametrize("where", ["in a token", "between pieces"])
+def test_ctrl_c_keeps_what_was_said_so_far(loaded, interrupted, where):
+    model, processor = loaded
+    options = {"language": "en", "max_tokens": TOKENS, "clip_seconds": 2.0}
+    whole = command.transcribe(model, processor, values.clip(7.0), **options)
+    assert whole.complete and len(whole.segments[1].text) > 3
+    interrupted(where)
+    pieces = command.stream_transcribe(model, processor, values.clip(7.0), **options)
+    found = command.collect(pieces, show=True)
+    assert not found.complete and found.segments[0] == whole.segments[0]
+    assert len(found.segments) == 2 and found.segments[1].text
+    assert whole.segments[1].text.startswith(found.segments[1].text.rstrip("\ufffd"))
+    assert found.last is not None and found.audio_seconds == whole.segments[1].end
+
+
+def test_the_command_writes_what_was_said_before_ctrl_c(
+    directory, tmp_path, interrupted, monkeypatch, capsys
+):
+    soundfile.write(tmp_path / "long.wav", values.clip(7.0), 16000)
+    arguments = [str(tmp_path / "long.wav"), "--model", str(directory), "--clip-seconds", "2"]
+    arguments += ["--language", "en", "-o", str(tmp_path / "out.json"), "--output-format", "json"]
+    interrupted("in a token")
+    assert command.main([*arguments, "-m", str(TOKENS)]) == 130
+    assert len(json.loads((tmp_path / "out.json").read_text())["segments"]) == 2
+    out, err = capsys.readouterr()
+    assert "real-time factor" in out and "Traceback" not in err
+
+    def at_once(*arguments, **more):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(command, "stream_generate", at_once)
+    (tmp_path / "out.json").unlink()
+    assert command.main(arguments) == 130
+    assert not (tmp_path / "out.json").exists() and capsys.readouterr().out == ""
+
+
+def test_subtitles_have_text_in_one_line():
+    said = ["one\n\ntwo", " ", "a --> b"]
+    segments = [command.Segment(i, i + 1.0, "English", text) for i, text in enumerate(said)]
+    found = command.Transcription("English", "".join(said), segments, 3.0, 1.0)
+    assert command.formatted(found, "srt") == (
+        "1\n00:00:00,000 --> 00:00:01,000\none two\n\n2\n00:00:02,000 --> 00:00:03,000\na -> b\n"
+    )
+    nothing = command.Transcription("", "", segments[1:2], 1.0, 1.0)
+    assert command.formatted(nothing, "srt") == ""
+    assert command.formatted(nothing, "vtt") == "WEBVTT\n"
+
+
+@pytest.mark.parametrize("seconds", values.SECONDS)
+def test_times_only_go_on(directory, tmp_path, seconds, capsys):
+    soundfile.write(tmp_path / "clip.wav", values.clip(seconds), 16000)
+    arguments = [str(tmp_path / "clip.wav"), "--model", str(directory), "-m", "2", "--language"]
+    arguments += ["German", "--stream", "-o", str(tmp_path / "out")]
+    for output_format in ("vtt", "json"):
+        assert command.main([*arguments, "--output-format", output_format]) == 0
+        text = (tmp_path / "out").read_text()
+        if output_format == "vtt":
+            times = re.findall(r"(\d\d):(\d\d):(\d\d\.\d{3})", text)
+            found = [int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in times]
+            assert found and found == sorted(found) and found[-1] <= seconds + 0.001
+        else:
+            document = json.loads(text)
+            assert document["audio_seconds"] == pytest.approx(seconds, abs=1e-4)
+            assert {s["language"] for s in document["segments"]} == {"German"}
+    capsys.readouterr()
+
+
+# --- the file that is written -------------------------------------------------------------------
+
+
+def test_the_recording_is_not_written_over(directory, recording, tmp_path, capsys):
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(recording[0].read_bytes())
+    (tmp_path / "link").symlink_to(clip)
+    for target in (clip, tmp_path / "link"):
+        arguments = [str(clip), "--model", str(directory), "-m", "1", "-o", str(target)]
+        assert command.main(arguments) == 1
+        assert "another file than the recording" in capsys.readouterr().err
+    assert clip.read_bytes() == recording[0].read_bytes()
+
+
+def test_a_file_is_whole_and_as_others_are(tmp_path, monkeypatch):
+    mask = os.umask(0o022)
+    try:
+        command.write("text", tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "out").read_text() == "text"
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    command.write("new", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "out").read_text() == "new"
+
+    def fail(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        command.write("other", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    command.write("text", tmp_path / "pipe")
+    assert os.read(reader, 10) == b"text" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_places_and_recordings_are_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "text.wav").write_text("no sound")
+    for arguments in (
+        ["-o", str(tmp_path / "no" / "x")],
+        ["-m", "0"],
+        ["--clip-seconds", "nan"],
+        [],
+    ):
+        assert command.main([str(tmp_path / "text.wav"), "--model", "no/where/", *arguments]) == 1
+        assert "where" not in capsys.readouterr().err
 
 
 def test_models_that_do_not_hear_are_refused():
