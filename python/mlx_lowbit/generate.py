@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from . import cli
@@ -101,6 +102,26 @@ def check_prompt(model: nn.Module, tokens: Sequence[int]) -> None:
         raise ValueError(
             f"the tokenizer is another model's: it gives the id {largest}, and the model has {rows}"
         )
+
+
+def check_experts(model: nn.Module) -> None:
+    """Refuses experts that cannot run where they are.
+
+    Raises:
+        ValueError: experts that are not quantized, in a half precision and on a CPU, whose
+            products MLX has in float32 only; the first layer is named.
+    """
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    if mx.default_device().type != mx.cpu:
+        return
+    for path, layer in model.named_modules():
+        if isinstance(layer, SwitchLinear) and layer.weight.dtype != mx.float32:
+            dtype = str(layer.weight.dtype).removeprefix("mlx.core.")
+            raise ValueError(
+                f"{path}: experts in {dtype} do not run on a CPU; quantize them while loading, "
+                "for example with --q-bits 4"
+            )
 
 
 def stream_generate(
@@ -225,6 +246,7 @@ def _command(options: argparse.Namespace) -> int:
     for method, command in (("encode_image", "describe"), ("audio_features", "transcribe")):
         if hasattr(model, method):
             raise ValueError(f"{options.model}: such a model is for mlx_lowbit.{command}")
+    check_experts(model)
     for token in options.extra_eos_token:
         tokenizer.add_eos_token(token)
     tokens = prompt_tokens(

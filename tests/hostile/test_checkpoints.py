@@ -311,7 +311,7 @@ def test_blocks(tmp_path, name):
     write(tmp_path, parameters(model), config(quantization=block))
     with pytest.raises(ValueError) as error:
         load(tmp_path)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(f"config.json: {said}")
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ SMALL = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
 }
-ROPE_THETA = 10000.0
+ROPE_THETA = 1e6  # the published one, which no default is
 
 
 # --- the two models ---------------------------------------------------------------------------

@@ -19,7 +19,14 @@ from checkpoint_values import (
     parameters,
     published,
 )
-from mixture_values import SMALL, choose, output, transformers_model, with_decoded_weights
+from mixture_values import (
+    ROPE_THETA,
+    SMALL,
+    choose,
+    output,
+    transformers_model,
+    with_decoded_weights,
+)
 from mixture_values import published as published_by_transformers
 from mlx_lowbit import accelerate, models
 from mlx_lowbit.checkpoint import TensorError
@@ -33,7 +40,7 @@ GREEDY = 64
 def ours(theirs: Any, name: str) -> mlx_nn.Module:
     """Our model with the weights of transformers' in its published layout."""
     settings, _, rotary = MODELS[name]
-    full = {**SMALL, **settings, "model_type": "glm4_moe", "rope_theta": 10000.0}
+    full = {**SMALL, **settings, "model_type": "glm4_moe", "rope_theta": ROPE_THETA}
     module = models.module_for(full)
     assert module.__name__ == "mlx_lowbit.models.glm4_moe"
     model = module.Model(module.ModelArgs.from_dict({**full, "partial_rotary_factor": rotary}))

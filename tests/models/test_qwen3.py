@@ -67,3 +67,11 @@ def test_attention_is_ours_on_a_cpu(monkeypatch):
             qwen3.attention(q, q, q, scale=1.0)
     finally:
         set_backend("auto")
+
+
+@pytest.mark.parametrize("kind", [{"type": "mrope"}, {"rope_type": "default"}, {}])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_equal_rows_of_positions_are_the_plain_rotation(kind, place):
+    rope = {**kind, "mrope_section": [24, 20, 20], "interleaved": True, "rope_theta": 1e6}
+    args = qwen3.ModelArgs.from_dict({place: rope, "rope_theta": 1e6})
+    assert args.rope_scaling is None and args.rope_theta == 1e6

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm")
@@ -187,3 +188,14 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused_at_the_prompt(tmp_path):
     with pytest.raises(ValueError, match=r"another model's: it gives the id \d+.* has 259"):
         generate(model, tokenizer, prompt_tokens(tokenizer, "hi"), max_tokens=1)
     assert isinstance(generate(model, tokenizer, "hi", max_tokens=1), str)
+
+
+def test_experts_that_do_not_run_on_a_cpu_are_refused(tmp_path, capsys):
+    path, command = checkpoint(tmp_path), importlib.import_module("mlx_lowbit.generate")
+    assert command.main(["--model", str(path), "-m", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "_proj: experts in bfloat16 do not run on a CPU; quantize them" in error
+    assert command.main(["--model", str(path), "-m", "1", "--q-bits", "4"]) == 0
+    model, _ = load(path)
+    model.set_dtype(mx.float32)
+    command.check_experts(model)
