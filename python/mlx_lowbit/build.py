@@ -19,6 +19,7 @@ from .checkpoint import TensorError
 from .recipes import Predicate, Storage
 
 _SHOWN = 5  # modules that a message names
+_LAYERS = ("num_hidden_layers", "encoder_layers")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def build(
         TensorError: a tensor that does not fit.
         ValueError: as :func:`load`.
     """
-    model, block = _configured(module, config, weights is not None)
+    model, block = _configured(module, config, None if weights is None else len(weights))
     if weights is None:
         weights = dict(tree_flatten(model.parameters()))
     elif hasattr(model, "sanitize"):
@@ -75,7 +76,7 @@ def build(
         stored = recipes.requested(
             model, change.storage, change.recipe, vision=change.vision, audio=change.audio
         )
-        _quantize(stored, weights)
+        _quantize(model, stored, weights)
     elif change.dequantize:
         if not stored:
             raise ValueError("the model is not quantized")
@@ -88,17 +89,32 @@ def build(
 
 
 def _configured(
-    module: Any, config: dict[str, Any], stored: bool
+    module: Any, config: dict[str, Any], tensors: int | None
 ) -> tuple[nn.Module, recipes.Block | None]:
-    """The model of a configuration, and how it says that `stored` weights are quantized."""
+    """The model of a configuration, and how it says that its stored weights are quantized.
+
+    Args:
+        tensors: how many the files hold; None without files.
+    """
     try:
-        args = module.ModelArgs.from_dict(config)
-        return module.Model(args).eval(), recipes.read_block(config) if stored else None
+        if tensors is not None:
+            _check_layers(config, tensors)
+        model = module.Model(module.ModelArgs.from_dict(config)).eval()
+        return model, None if tensors is None else recipes.read_block(config)
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from error
     # What mlx-lm's models make of missing and of wrong values.
     except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"config.json: it does not fit the model: {error}") from error
+
+
+def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuses more layers than tensors, before making them takes all memory."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_layers(value, tensors)
+        elif name in _LAYERS and isinstance(value, int) and value > tensors:
+            raise ValueError(f"{name}: {value} layers, and the files hold {tensors} tensors")
 
 
 def float_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:
@@ -121,11 +137,15 @@ def _cast(model: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype) -> di
     }
 
 
-def _quantize(stored: Mapping[str, Storage], weights: dict[str, mx.array]) -> None:
+def _quantize(
+    model: nn.Module, stored: Mapping[str, Storage], weights: dict[str, mx.array]
+) -> None:
+    layers = recipes.quantizable(model)
     for path, storage in stored.items():
         name = f"{path}.weight"
         if name not in weights:
             raise TensorError(name, "missing")
+        _check_tensor(name, layers[path].weight, weights[name])
         try:
             parts = ops.quantize(weights.pop(name), nan_policy="propagate", **storage.keywords())
         except ValueError as error:
@@ -184,15 +204,16 @@ def _check_parameters(model: nn.Module, weights: Mapping[str, mx.array]) -> None
         cause = "an incomplete download?" if not extra else "a configuration of another model?"
         raise TensorError((missing or extra)[0], f"{'; '.join(parts)}; {cause}")
     for name, own in expected.items():
-        got = weights[name]
-        floating = mx.issubdtype(own.dtype, mx.floating)
-        same = mx.issubdtype(got.dtype, mx.floating) if floating else got.dtype == own.dtype
-        if got.shape != own.shape or not same:
-            kind = "floats" if floating else str(own.dtype).removeprefix("mlx.core.")
-            dtype = str(got.dtype).removeprefix("mlx.core.")
-            raise TensorError(
-                name, f"expected {kind} {list(own.shape)}, got {dtype} {list(got.shape)}"
-            )
+        _check_tensor(name, own, weights[name])
+
+
+def _check_tensor(name: str, own: mx.array, got: mx.array) -> None:
+    floating = mx.issubdtype(own.dtype, mx.floating)
+    same = mx.issubdtype(got.dtype, mx.floating) if floating else got.dtype == own.dtype
+    if got.shape != own.shape or not same:
+        kind = "floats" if floating else str(own.dtype).removeprefix("mlx.core.")
+        dtype = str(got.dtype).removeprefix("mlx.core.")
+        raise TensorError(name, f"expected {kind} {list(own.shape)}, got {dtype} {list(got.shape)}")
 
 
 def _listed(names: list[str], what: str) -> str:

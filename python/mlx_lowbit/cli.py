@@ -53,14 +53,17 @@ def seed(value: int | None) -> None:
     mx.random.seed(value)
 
 
-def statistics(response: Any) -> str:
-    """The lines that mlx-lm prints after a generation, of its last response."""
-    return (
-        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
-        f"Generation: {response.generation_tokens} tokens, "
-        f"{response.generation_tps:.3f} tokens-per-sec\n"
-        f"Peak memory: {response.peak_memory:.3f} GB"
-    )
+def statistics(*responses: Any) -> str:
+    """The lines that mlx-lm prints after a generation, of one or more by their last responses."""
+
+    def line(name: str, kind: str) -> str:
+        found = [(getattr(r, f"{kind}_tokens"), getattr(r, f"{kind}_tps")) for r in responses]
+        tokens, seconds = sum(n for n, _ in found), sum(n / rate for n, rate in found if rate)
+        return f"{name}: {tokens} tokens, {tokens / (seconds or 1):.3f} tokens-per-sec"
+
+    peak = max(response.peak_memory for response in responses)
+    lines = line("Prompt", "prompt"), line("Generation", "generation")
+    return "\n".join([*lines, f"Peak memory: {peak:.3f} GB"])
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cli, formats, models, recipes
+from . import cli, models, recipes
 from .build import Change, build, float_dtype
 from .checkpoint import read_config
 from .load import ORIGIN, Source, check_finite, load_processor, open_model, resolve
@@ -268,8 +268,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize the weights")
     parser.add_argument("--q-group-size", type=int, help="weights that share a scale")
     parser.add_argument("--q-bits", type=int, help="bits per weight")
-    modes = tuple(dict.fromkeys(f.mode for f in formats.FORMATS))
-    parser.add_argument("--q-mode", default="affine", choices=modes)
+    parser.add_argument("--q-mode", default="affine", help="affine, mxfp4, mxfp8 or nvfp4")
     parser.add_argument(
         "--quant-predicate",
         choices=recipes.RECIPES,

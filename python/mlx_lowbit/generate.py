@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -89,18 +90,46 @@ def check_prompt(model: nn.Module, tokens: Sequence[int]) -> None:
     """Refuses a prompt that does not fit the model.
 
     Raises:
-        ValueError: more tokens than the model has positions for, or one that it has no row for.
+        ValueError: no token, more than the model has positions for, or one that it has no row for.
     """
+    if not tokens:
+        raise ValueError("the prompt is empty")
+    if min(tokens) < 0:
+        raise ValueError(f"prompt: expected ids of tokens, got {min(tokens)}")
     args = getattr(model, "args", None)
     limit = getattr(args, "max_position_embeddings", None)
     if isinstance(limit, int) and len(tokens) > limit:
         raise ValueError(
             f"the prompt has {len(tokens)} tokens, and this model has positions for {limit}"
         )
-    rows, largest = getattr(args, "vocab_size", None), max(tokens, default=0)
+    rows, largest = getattr(args, "vocab_size", None), max(tokens)
     if isinstance(rows, int) and largest >= rows:
         raise ValueError(
             f"the tokenizer is another model's: it gives the id {largest}, and the model has {rows}"
+        )
+
+
+def check_cache(
+    model: nn.Module,
+    *,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    max_kv_size: int | None = None,
+    **more: Any,
+) -> None:
+    """Refuses a quantized cache that mlx-lm would fail to make, perhaps only in mid-text.
+
+    Raises:
+        ValueError: a cache of limited size, or groups that do not divide the model's heads.
+    """
+    if kv_bits is None:
+        return
+    if max_kv_size is not None and not hasattr(model, "make_cache"):
+        raise ValueError("kv_bits and max_kv_size exclude each other")
+    size = getattr(getattr(model, "args", None), "head_dim", None)
+    if isinstance(size, int) and size % kv_group_size:
+        raise ValueError(
+            f"kv_group_size must divide the {size} dimensions of a head, got {kv_group_size}"
         )
 
 
@@ -146,6 +175,7 @@ def stream_generate(
         more: further keywords of mlx-lm's ``stream_generate`` (kv_bits, max_kv_size, ...).
 
     Raises:
+        TypeError: a prompt that is neither text nor ids.
         ValueError: a prompt that does not fit the model, or a setting out of its range.
     """
     from mlx_lm.generate import stream_generate as of_mlx_lm
@@ -153,7 +183,12 @@ def stream_generate(
 
     sampling = {"temp": temp, "top_p": top_p, "min_p": min_p, "top_k": top_k}
     check_options(max_tokens=max_tokens, **sampling, **more)
-    tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
+    check_cache(model, **more)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    try:
+        tokens = [operator.index(token) for token in ids]
+    except TypeError:
+        raise TypeError(f"prompt: expected text or whole numbers, got {prompt!r}") from None
     check_prompt(model, tokens)
     rows = getattr(getattr(model, "args", None), "vocab_size", None)
     if isinstance(rows, int) and top_k >= rows:

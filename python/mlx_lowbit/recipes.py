@@ -215,6 +215,8 @@ def requested(
             allowed = predicate(path, layer)
         if not allowed:
             continue
+        if not isinstance(allowed, (bool, Mapping)):
+            raise ValueError(f"{path}: expected true, false or an object, got {allowed!r}")
         each = default if allowed is True else _entry(path, allowed)
         if layer.weight.shape[-1] % each.group_size == 0:
             chosen[path] = each

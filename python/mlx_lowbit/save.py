@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def write(
     if donate:
         model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     checkpoint.write_shards(directory, weights, parameters=parameters, check=check)
-    written = saved_config(config, block)
+    written = saved_config(complete(config), block)
     checkpoint.write_json(directory / "config.json", written)
     if origin is not None:
         _copy_beside(origin.source.directory, directory)
@@ -156,6 +157,24 @@ def count(model: nn.Module) -> int:
             own = {"bias": own["bias"]} if "bias" in own else {}
         total += sum(value.size for value in own.values())
     return total
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with every setting that mlx-lm's model of the same type cannot do without.
+
+    Our definitions take what is missing from ``rope_parameters`` or from transformers' defaults.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        own, theirs = models.get_classes(config)[1], _get_classes(config)[1]
+        if own is theirs or not is_dataclass(theirs):
+            return config
+        args = own.from_dict(config)
+    except (ValueError, KeyError, TypeError):  # a model that only we have, or none
+        return config
+    needed = [f.name for f in fields(theirs) if f.default is f.default_factory is MISSING]
+    return {n: getattr(args, n) for n in needed if n not in config and hasattr(args, n)} | config
 
 
 def saved_config(config: dict[str, Any], block: dict[str, Any] | None) -> dict[str, Any]:

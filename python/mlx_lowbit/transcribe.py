@@ -46,7 +46,7 @@ class Transcription:
     Attributes:
         language: names in the order they were heard, with commas between them.
         audio_seconds: of the recording; ``seconds``: that it took.
-        last: mlx-lm's response with the statistics of the last clip.
+        responses: mlx-lm's last one of each clip, with its statistics.
         complete: whether the recording was heard to its end; Ctrl-C leaves the last segment
             unfinished.
     """
@@ -56,7 +56,7 @@ class Transcription:
     segments: list[Segment]
     audio_seconds: float
     seconds: float
-    last: Any = field(default=None, repr=False)
+    responses: list[Any] = field(default_factory=list, repr=False)
     complete: bool = True
 
     @property
@@ -100,14 +100,16 @@ def stream_transcribe(
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: a file without sound, an unknown language, or another model.
+        ValueError: a file without sound, samples that are no floats [samples], an unknown language,
+            or another model.
     """
     if not hasattr(model, "audio_features"):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ValueError(f"a model of type {kind} does not hear")
+    from .models.qwen3_asr_audio import checked
     from .models.qwen3_asr_processing import cut, read_audio
 
-    samples = read_audio(audio) if isinstance(audio, (str, os.PathLike)) else audio
+    samples = read_audio(audio) if isinstance(audio, (str, os.PathLike)) else checked(audio)
     clips = cut(samples, clip_seconds)
     for clip in tqdm(clips, desc="clips", disable=None if len(clips) > 1 else True):
         inputs = processor(clip.samples, language, context)
@@ -157,13 +159,13 @@ def collect(pieces: Generator[Piece, None, None], show: bool = False) -> Transcr
     """
     from .models.qwen3_asr_processing import Transcript, join
 
-    begin, segments, last, complete = time.perf_counter(), [], None, True
+    begin, segments, responses, complete = time.perf_counter(), [], [], True
 
     def take(piece: Piece) -> None:
-        nonlocal last
-        last = piece.response or last
         if piece.segment is not None:
             segments.append(piece.segment)
+            if piece.response is not None:
+                responses.append(piece.response)
         if show:
             print(piece.text, end="", flush=True)
 
@@ -180,7 +182,7 @@ def collect(pieces: Generator[Piece, None, None], show: bool = False) -> Transcr
         print()
     whole = join(Transcript(s.language, s.text) for s in segments)
     audio, took = segments[-1].end if segments else 0.0, time.perf_counter() - begin
-    return Transcription(whole.language, whole.text, segments, audio, took, last, complete)
+    return Transcription(whole.language, whole.text, segments, audio, took, responses, complete)
 
 
 def clock(seconds: float, comma: str) -> str:
@@ -296,8 +298,8 @@ def _command(options: argparse.Namespace) -> int:
         print(formatted(found, options.output_format), end="")
     print("=" * 10)
     print(f"Language: {found.language or 'none'}")
-    if found.last is not None:
-        print(cli.statistics(found.last))
+    if found.responses:
+        print(cli.statistics(*found.responses))
     print(
         f"Audio: {found.audio_seconds:.2f} s in {found.seconds:.2f} s, "
         f"real-time factor {found.real_time_factor:.3f}"

@@ -231,6 +231,17 @@ def test_tensors(tmp_path, name):
     assert message.startswith(f"{where}: tensor {tensor!r}: ") and said in message
 
 
+@pytest.mark.parametrize("name", ["another shape", "transposed", "integers", "codes"])
+def test_tensors_that_are_to_be_quantized(tmp_path, name):
+    """The shape of the file's tensor is told, not that of its codes."""
+    changes, tensor, said = TENSORS[name]
+    write(tmp_path, published(new_model(config())) | changes, config())
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, bits=4)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / MODEL}: tensor {tensor!r}: ") and said in message
+
+
 QUANTIZED: dict[str, tuple[dict[str, mx.array | None], dict[str, Any], str]] = {
     # changes of VALUE's tensors, of the configuration's block, what is said
     "scales alone": ({"weight": None}, {}, f"no {VALUE}.weight"),

@@ -73,6 +73,14 @@ REFUSED = [
     (("generate", "--model", "moxin-q", *FEW), "moxin-q: such a model is for mlx_lowbit.describe"),
     (("generate", "--model", "nowhere/", *FEW), "no such directory"),
     ((*GENERATE, "-p", "x" * 5000), "5000 tokens, and this model has positions for 4096"),
+    (
+        (*GENERATE, "--kv-bits", "8"),
+        "kv_group_size must divide the 32 dimensions of a head, got 64",
+    ),
+    (
+        (*GENERATE, "--kv-bits", "8", "--kv-group-size", "32", "--max-kv-size", "9"),
+        "kv_bits and max_kv_size exclude each other",
+    ),
     ((*GENERATE, "--temp", "-1"), "temp must be at least 0"),
     ((*GENERATE, "--temp", "1", "--top-p", "3"), "top_p must be between 0 and 1"),
     ((*GENERATE, "--max-tokens", "0"), "max_tokens must be at least 1"),
@@ -89,6 +97,10 @@ REFUSED = [
     (("convert", "--hf-path", "glm", "--mlx-path", "asr", "-q"), "asr: already exists"),
     (("convert", "--hf-path", "glm", "--mlx-path", "new", "-q", "-d"), "exclude each other"),
     (("convert", "--hf-path", "glm-q", "--mlx-path", "new", "-q"), "quantized already"),
+    (
+        ("convert", "--hf-path", "glm", "--mlx-path", "new", "-q", "--q-mode", "int4"),
+        "mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'int4'",
+    ),
     (("convert", "--hf-path", "glm", "--mlx-path", "text.png/new", "-q"), "text.png"),
 ]
 

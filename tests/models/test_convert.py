@@ -192,6 +192,10 @@ def test_predicates_of_models_and_of_the_caller():
     assert chosen["layers.3.v_proj"] == default and "lm_head" not in chosen
     chosen = recipes.requested(Own(), default, lambda path, _: path.endswith(("up_proj", "head")))
     assert sorted(chosen) == sorted(f"layers.{i}.up_proj" for i in range(16))
+    with pytest.raises(
+        ValueError, match=r"^embed_tokens: expected true, false or an object, got 'yes'"
+    ):
+        recipes.requested(Own(), default, lambda path, _: "yes")
     with pytest.raises(ValueError, match="no layer can be quantized in groups of 128"):
         recipes.requested(Layers(), recipes.storage("affine", 4, 128))
 

@@ -7,6 +7,7 @@ import sys
 import types
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lowbit import accelerate
 
@@ -107,8 +108,20 @@ def test_a_quantized_cache_is_passed_on(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         mlx_lm_generate, "stream_generate", lambda *a, **k: iter([seen.update(k)][:0])
     )
-    list(command.stream_generate(model, tokenizer, "a", kv_bits=8, max_kv_size=9))
-    assert seen["kv_bits"] == 8 and seen["max_kv_size"] == 9
+    list(command.stream_generate(model, tokenizer, "a", kv_bits=8, kv_group_size=32))
+    assert seen["kv_bits"] == 8 and seen["kv_group_size"] == 32
+
+
+def test_a_quantized_cache_that_mlx_lm_would_fail_to_make(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.args, "head_dim", 32)
+
+    def run(**settings):
+        return list(command.stream_generate(model, tokenizer, "a", max_tokens=1, **settings))
+
+    assert run(kv_bits=8, kv_group_size=32, max_kv_size=9), "this model makes its own caches"
+    with pytest.raises(ValueError, match="divide the 32 dimensions of a head, got 64"):
+        run(kv_bits=8)
+    assert run(kv_bits=8, kv_group_size=32, quantized_kv_start=0) and run(max_kv_size=9)
 
 
 @pytest.mark.parametrize("count, error", [(65, "65 tokens.*64"), (0, None)])
@@ -118,6 +131,20 @@ def test_prompts_longer_than_the_context_are_refused(model, tokenizer, count, er
             list(command.stream_generate(model, tokenizer, [3] * count))
     with pytest.raises(ValueError, match="max_tokens"):
         list(command.stream_generate(model, tokenizer, [3], max_tokens=0))
+
+
+def test_prompts_of_ids(model, tokenizer):
+    want = command.generate(model, tokenizer, [3, 1, 4], max_tokens=2)
+    for ids in ((3, 1, 4), np.array([3, 1, 4]), mx.array([3, 1, 4])):
+        assert command.generate(model, tokenizer, ids, max_tokens=2) == want
+    for nothing in ("", [], np.array([], np.int64)):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            command.generate(model, tokenizer, nothing)
+    for wrong in (None, 3, [1.5], [[1, 2]]):
+        with pytest.raises(TypeError, match=r"^prompt: expected text or whole numbers"):
+            command.generate(model, tokenizer, wrong)
+    with pytest.raises(ValueError, match=r"^prompt: expected ids of tokens, got -2"):
+        command.generate(model, tokenizer, [1, -2])
 
 
 @pytest.fixture

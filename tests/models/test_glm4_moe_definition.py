@@ -334,6 +334,9 @@ def test_an_unknown_model_type_lists_what_is_known(name):
 def test_the_type_of_qwen3_asr_may_be_nested():
     assert models.model_type({"thinker_config": {"audio_config": {}}}) == "qwen3_asr"
     assert models.model_type({"model_type": "qwen3_asr", "audio_config": {}}) == "qwen3_asr"
+    for wrong in ([], {}, 3):
+        settings = {"model_type": "qwen3_asr", "thinker_config": {"model_type": wrong}}
+        assert models.model_type(settings) == "qwen3_asr"
     for settings in (
         {"model_type": "qwen3_forced_aligner"},
         {"model_type": "qwen3_asr", "thinker_config": {"model_type": "qwen3_forced_aligner"}},

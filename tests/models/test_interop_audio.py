@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,17 +11,26 @@ import pytest
 pytest.importorskip("mlx_audio")
 pytest.importorskip("transformers")
 
+import qwen3_asr_values as values
 from mlx.utils import tree_flatten
 from mlx_lowbit import convert, demo_models, load, undo
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+@pytest.fixture(scope="module", params=["original", "transformers"])
+def directory(request, tmp_path_factory):
     """A converted checkpoint, with the preprocessor's file that published ones have."""
     from transformers import WhisperFeatureExtractor
 
     found = tmp_path_factory.mktemp("audio")
-    demo_models.write_checkpoint(demo_models.QWEN, found / "source")
+    if request.param == "original":
+        demo_models.write_checkpoint(demo_models.QWEN, found / "source")
+    else:
+        tensors = values.weights(values.transformers_model(), "transformers")
+        tensors = {name: value.astype(mx.bfloat16) for name, value in tensors.items()}
+        (found / "source").mkdir()
+        mx.save_safetensors(str(found / "source" / "model.safetensors"), tensors)
+        (found / "source" / "config.json").write_text(json.dumps(values.flat()))
+        values.write_tokenizer(found / "source")
     WhisperFeatureExtractor(feature_size=128).save_pretrained(found / "source")
     convert(found / "source", found / "converted", quantize=True, q_bits=8)
     return found / "converted"

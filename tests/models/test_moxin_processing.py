@@ -274,6 +274,14 @@ def test_an_image_too_thin_to_be_made_square_is_refused(strategy, size):
         processor(image_resize_strategy=strategy).pixels(Image.new("RGB", size))
 
 
+def test_what_is_no_image_is_refused():
+    for wrong in (None, b"", np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(TypeError, match=r"^image: expected Pillow's or a path, got "):
+            processor().pixels(wrong)
+    with pytest.raises(ValueError, match=r"^image: expected some pixels"):
+        processor().pixels(Image.new("RGB", (0, 5)))
+
+
 # --- prompts ------------------------------------------------------------------------------------
 
 

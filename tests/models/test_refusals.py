@@ -35,6 +35,8 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads":
     ("changes", "said"),
     [
         ({"num_hidden_layers": "3"}, r"num_hidden_layers: expected a positive integer"),
+        ({"num_hidden_layers": 2**40}, rf"num_hidden_layers: {2**40} layers, and the files hold"),
+        (LLAMA | {"num_hidden_layers": 2**40}, r"num_hidden_layers: \d+ layers, and the files"),
         ({"quantization": {"mode": "int8"}}, r"quantization: mode must be one of"),
         ({"quantization": {"mode": "mxfp8", "bits": 4}}, r"quantization: bits must be one of 8"),
         (LLAMA | {"vocab_size": ...}, r"it does not fit the model: .*'vocab_size'"),

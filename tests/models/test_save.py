@@ -112,6 +112,28 @@ def test_configuration(tmp_path):
     )
 
 
+@pytest.mark.parametrize("layout", ["rope_parameters", "defaults left out"])
+def test_what_mlx_lm_needs_of_a_configuration_is_written(tmp_path, layout):
+    """Our definition does without it, mlx-lm's does not."""
+    rope, settings = ("rope_theta", "rope_scaling", "partial_rotary_factor"), config()
+    missing = (*rope, "n_group", "topk_group", "routed_scaling_factor")
+    shorter = {k: v for k, v in settings.items() if k not in missing}
+    if layout == "rope_parameters":
+        shorter |= {k: settings[k] for k in missing if k in settings and k not in rope}
+        parameters_of_rope = {"rope_type": "default", "rope_theta": 5e5, rope[2]: 0.25}
+        shorter["rope_parameters"] = parameters_of_rope
+    model, _ = load(write(tmp_path / "source", published(new_model(settings)), shorter))
+    saved = save(model, tmp_path / "saved")
+    written = json.loads((saved / "config.json").read_text())
+    assert {k: written[k] for k in shorter} == shorter
+    other = theirs(saved)
+    assert_same(other, model)
+    for name in missing:
+        assert getattr(other.args, name) == getattr(model.args, name), name
+    again, _ = load(saved)
+    assert again.args == model.args
+
+
 def test_shards(tmp_path, monkeypatch):
     limit = 100_000
     monkeypatch.setattr(files, "SHARD_BYTES", limit)

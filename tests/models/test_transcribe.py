@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import types
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,7 @@ pytest.importorskip("transformers")
 soundfile = pytest.importorskip("soundfile")
 
 import qwen3_asr_values as values  # noqa: E402
-from mlx_lowbit import load  # noqa: E402
+from mlx_lowbit import cli, load  # noqa: E402
 
 command = importlib.import_module("mlx_lowbit.transcribe")
 TOKENS = 12
@@ -92,6 +93,25 @@ def test_long_recordings_are_cut(loaded):
         assert one.end == after.start
     assert found.segments[-1].end == pytest.approx(7.0)
     assert found.text == "".join(s.text for s in found.segments)
+    assert len(found.responses) == len(found.segments)
+
+
+def test_statistics_are_of_all_clips():
+    def response(prompt, prompt_tps, tokens, tps, peak):
+        return types.SimpleNamespace(
+            prompt_tokens=prompt, prompt_tps=prompt_tps, generation_tokens=tokens,
+            generation_tps=tps, peak_memory=peak,
+        )  # fmt: skip
+
+    one, other = response(100, 50.0, 10, 5.0, 2.0), response(300, 75.0, 20, 10.0, 1.0)
+    assert cli.statistics(one) == (
+        "Prompt: 100 tokens, 50.000 tokens-per-sec\n"
+        "Generation: 10 tokens, 5.000 tokens-per-sec\nPeak memory: 2.000 GB"
+    )
+    assert cli.statistics(one, other) == (
+        "Prompt: 400 tokens, 66.667 tokens-per-sec\n"
+        "Generation: 30 tokens, 7.500 tokens-per-sec\nPeak memory: 2.000 GB"
+    )
 
 
 FOUND = command.Transcription(
@@ -198,7 +218,7 @@ def test_ctrl_c_keeps_what_was_said_so_far(loaded, interrupted, where):
     assert not found.complete and found.segments[0] == whole.segments[0]
     assert len(found.segments) == 2 and found.segments[1].text
     assert whole.segments[1].text.startswith(found.segments[1].text.rstrip("\ufffd"))
-    assert found.last is not None and found.audio_seconds == whole.segments[1].end
+    assert len(found.responses) == 2 and found.audio_seconds == whole.segments[1].end
 
 
 def test_the_command_writes_what_was_said_before_ctrl_c(
@@ -307,6 +327,21 @@ def test_places_and_recordings_are_refused_before_the_model_is_loaded(tmp_path, 
     ):
         assert command.main([str(tmp_path / "text.wav"), "--model", "no/where/", *arguments]) == 1
         assert "where" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, b"clip.wav", 0.5, np.zeros((2, 9)), [[0.1], [0.2]], [], [1]]
+)
+def test_samples_of_another_kind_are_refused(loaded, wrong):
+    with pytest.raises(ValueError, match=r"^samples: expected "):
+        command.transcribe(*loaded, wrong, clip_seconds=1.0)
+
+
+def test_samples_may_be_a_list(loaded):
+    samples = values.clip(1.0)
+    whole = command.transcribe(*loaded, samples, language="en", max_tokens=4)
+    listed = command.transcribe(*loaded, samples.tolist(), language="en", max_tokens=4)
+    assert listed.text == whole.text and listed.audio_seconds == 1.0
 
 
 def test_models_that_do_not_hear_are_refused():

@@ -41,7 +41,7 @@ def model_type(config: dict[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"config.json: expected a model_type, got {name!r}; {_known()}")
     for each in (name, nested):
-        if each in _REFUSED:
+        if isinstance(each, str) and each in _REFUSED:
             raise ValueError(f"config.json: model_type {each!r}: {_REFUSED[each]}")
     return name
 

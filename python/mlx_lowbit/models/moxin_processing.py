@@ -184,7 +184,7 @@ def tower_pixels(args: ModelArgs, saved: dict[str, Any] | None = None) -> list[T
         small = tower.resize if isinstance(tower.resize, int) else min(tower.resize)
         if tower.crop != (size, size) or small < size:
             raise ValueError(
-                f"preprocessor_config.json: tower {index} reads {size} x {size} pixels, "
+                f"tower {index} reads {size} x {size} pixels, "
                 f"not a crop {tower.crop} of {tower.resize}"
             )
         towers.append(tower)
@@ -319,10 +319,19 @@ class Processor:
         """`image` (a path: :func:`open_image`) -> float32 [1, 6, H, W], DINOv2's channels first.
 
         Raises:
-            OSError, ValueError: as :func:`open_image`, or an image so thin that making it square
-                takes too much memory.
+            OSError, ValueError: as :func:`open_image`, an image without pixels, or one so thin that
+                making it square takes too much memory.
+            TypeError: neither an image nor a path.
         """
-        image = open_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
+        from PIL import Image
+
+        if isinstance(image, (str, Path)):
+            image = open_image(image)
+        elif not isinstance(image, Image.Image):
+            raise TypeError(f"image: expected Pillow's or a path, got {type(image).__name__}")
+        if 0 in image.size:
+            raise ValueError("image: expected some pixels, got none")
+        image = to_rgb(image)
         return np.concatenate([tower(image) for tower in self.towers])[None]
 
     def tokens(self, question: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:

@@ -99,7 +99,7 @@ class ModelArgs:
             ValueError: a value that does not fit, by name, or the configuration of the aligner.
         """
         inner = _object(config, "thinker_config") if config.get("thinker_config") else config
-        kinds = {part.get("model_type") for part in (config, inner)}
+        kinds = [part.get("model_type") for part in (config, inner)]
         names = [*(config.get("architectures") or ()), *(inner.get("architectures") or ())]
         if _ALIGNER in kinds or any("TokenClassification" in str(name) for name in names):
             raise ValueError(

@@ -107,6 +107,23 @@ def output_length(frames: int, chunk: int = 100) -> int:
 # --- the spectrogram ----------------------------------------------------------------------------
 
 
+def checked(samples: np.ndarray) -> np.ndarray:
+    """`samples` as an array, if it is floats [samples].
+
+    Raises:
+        ValueError: no samples, not one dimension, or samples that are not finite.
+    """
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise ValueError(f"samples: expected floats [samples], got {samples.dtype} {samples.shape}")
+    if samples.size == 0:
+        raise ValueError("samples: expected some, got none")
+    if not np.isfinite(samples).all():
+        first = int(np.flatnonzero(~np.isfinite(samples))[0])
+        raise ValueError(f"samples: expected finite numbers, got {samples[first]} at {first}")
+    return samples
+
+
 def log_mel(samples: np.ndarray, bins: int = 128) -> np.ndarray:
     """The log-mel spectrogram of a clip, as Whisper's extractor has it without its 30 s.
 
@@ -120,14 +137,7 @@ def log_mel(samples: np.ndarray, bins: int = 128) -> np.ndarray:
     Raises:
         ValueError: no samples, not one dimension, or samples that are not finite.
     """
-    samples = np.asarray(samples)
-    if samples.ndim != 1 or samples.dtype.kind != "f":
-        raise ValueError(f"samples: expected floats [samples], got {samples.dtype} {samples.shape}")
-    if samples.size == 0:
-        raise ValueError("samples: expected some, got none")
-    if not np.isfinite(samples).all():
-        first = int(np.flatnonzero(~np.isfinite(samples))[0])
-        raise ValueError(f"samples: expected finite numbers, got {samples[first]} at {first}")
+    samples = checked(samples)
     samples = np.pad(samples.astype(np.float32), (0, max(0, MIN_SAMPLES - samples.size)))
     frames = samples.size // _HOP
     # Centered: frame t is about sample 160 t, so half a window is mirrored at either end.
