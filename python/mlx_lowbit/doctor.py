@@ -13,7 +13,10 @@ from tqdm import tqdm
 from . import _ext, _load, backend, selftest, tune
 from .formats import FORMATS
 
-PACKAGES = ("mlx-lowbit", "mlx", "mlx-cuda-13", "mlx-cuda-12", "nanobind-backend", "mlx-lm")
+PACKAGES = (
+    *("mlx-lowbit", "mlx", "mlx-metal", "mlx-cuda-13", "mlx-cuda-12"),
+    *("nanobind-backend", "mlx-lm"),
+)
 
 
 def _version(distribution: str) -> str | None:
@@ -58,20 +61,22 @@ NEVER_RUN = (
 
 def _metal() -> list[str]:
     """Whether there are kernels for an Apple GPU, and what its compiler said of them."""
-    device = [] if mx.metal.is_available() else ["no device"]
+    there = mx.metal.is_available()
+    device = [f"device: {tune.device_name(mx.Device(mx.gpu))}" if there else "no device"]
     reason = _load.missing_extension
     if reason is None and not _ext.has_metal:
         reason = "this installation has no kernels for Metal, which is built on macOS alone"
     if reason is not None:
         return [*device, f"no kernels: {reason}"]
     refused = [f"refused, MLX's runs: {words}" for words in backend.refusals.values()]
-    return [*device, f"kernels: {NEVER_RUN}", *refused]
+    return [*device, f"kernels: compiled in ({_ext.build}), {NEVER_RUN}", *refused]
 
 
 def facts() -> list[tuple[str, str]]:
     """(subject, what is so) in the order of the report; a subject may have several lines."""
     rows = [(name, found) for name in PACKAGES if (found := _version(name)) is not None]
-    rows.append(("python", f"{platform.python_version()} on {platform.system()}"))
+    system = f"macOS {mac}" if (mac := platform.mac_ver()[0]) else platform.system()
+    rows.append(("python", f"{platform.python_version()} on {system}"))
     rows.append(("default device", str(mx.default_device())))
     others = ", ".join(name for name in _ext.targets() if name != _ext.target())
     rows.append(("cpu", f"{_ext.target()}, {_ext.threads()} threads (also built: {others})"))
@@ -143,16 +148,22 @@ def examination() -> tuple[bool, list[tuple[str, str]]]:
     return good, facts() + outcome
 
 
-def tune_device(device: mx.Device, formats: Sequence[str]) -> str:
-    """Times ours and MLX's on `device`, keeps the figures, and returns them in columns."""
+def tune_device(device: mx.Device, formats: Sequence[str]) -> tuple[bool, str]:
+    """Whether every kernel ran and was right, and the times of ours and MLX's in columns.
+
+    Keeps the figures. Below them is what kept a case from having one.
+    """
     chosen = [f for f in FORMATS if f.name in formats] if formats else None
-    measured = []
+    measured: list[tune.Row] = []
+    failed: list[tune.Failed] = []
     with mx.stream(device):
-        for row in tqdm(tune.measure(chosen), desc="tune", unit=" cases", disable=None):
-            measured.append(row)
-    if not measured:
-        return f"nothing to measure on {device}: {backend.missing_kernel(device)}"
-    return f"{tune.table(measured)}\n{tune.write(measured, device)}"
+        for case in tqdm(tune.measure(chosen), desc="tune", unit=" cases", disable=None):
+            (measured if isinstance(case, tune.Row) else failed).append(case)
+    if not measured and not failed:
+        return True, f"nothing to measure on {device}: {backend.missing_kernel(device)}"
+    lines = [tune.table(measured), str(tune.write(measured, device))]
+    lines += [f"FAILED {c.op} {c.format} M={c.M} N={c.N} K={c.K}: {c.words}" for c in failed]
+    return not failed, "\n".join(lines)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -175,21 +186,22 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; the exit status is 1 where a self-test failed."""
+    """Prints the report; the exit status is 1 where a kernel failed."""
     parser = setup_arg_parser()
     options = parser.parse_args(argv)
     names = [f.name for f in FORMATS]
     for name in options.formats:
         if name not in names:
             parser.error(f"--formats: expected some of {', '.join(names)}, got {name}")
-    if options.tune:
-        print(tune_device(mx.default_device(), options.formats))
-        return 0
-    if not options.test and not options.report:
-        print(report())
-        return 0
-    good, rows = examination()
-    text = lines_of(rows)
+    good, parts = True, []
+    if options.tune:  # first: the report says what is measured
+        good, figures = tune_device(mx.default_device(), options.formats)
+        parts = [figures]
+    if options.test or options.report:
+        right, rows = examination()
+        good &= right
+        parts.insert(0, lines_of(rows))
+    text = "\n".join(parts) or report()
     print(f"```\n{text}\n```" if options.report else text)
     return 0 if good else 1
 

@@ -52,7 +52,7 @@ def decode(
     bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
     codes = bits.reshape(*words.shape[:-1], -1, fmt.bits) @ (1 << np.arange(fmt.bits))
     if fmt.has_biases:
-        return _by_group(fmt, codes) * _f64(scales)[..., None] + _f64(biases)[..., None]
+        return _by_group(fmt, codes) * f64(scales)[..., None] + f64(biases)[..., None]
     elements, steps, _ = BLOCKS[fmt.mode]
     return _by_group(fmt, elements[codes]) * steps[np.array(scales)][..., None]
 
@@ -79,7 +79,8 @@ def _by_group(fmt: Format, values: np.ndarray) -> np.ndarray:
     return values.reshape(*values.shape[:-1], -1, fmt.group_size)
 
 
-def _f64(a: mx.array | None) -> np.ndarray:
+def f64(a: mx.array | None) -> np.ndarray:
+    """Values of floats."""
     assert a is not None
     return np.array(a.astype(mx.float32)).astype(np.float64)
 
@@ -109,7 +110,7 @@ class _Case:
     def products(self, op: str) -> float:
         """The largest error of an op over row counts, and over experts."""
         w, scales, biases = self.stack if op.startswith("gather") else self.one
-        x = self.quantized_rows() if "qqmm" in op else _f64(self.rows)
+        x = self.quantized_rows() if "qqmm" in op else f64(self.rows)
         more = {} if "qqmm" in op else {"biases": biases}
         errors = []
         for M in ROWS:
@@ -127,12 +128,13 @@ class _Case:
             else:
                 y = getattr(ops, op)(self.rows[:M], w, scales, **more, **self.keywords)
                 want = x[:M] @ self.values[0].T
-            errors.append(_error(y, want))
+            errors.append(relative_error(y, want))
         return float(np.max(errors))  # NaN if one is
 
 
-def _error(y: mx.array, want: np.ndarray) -> float:
-    return float(np.linalg.norm(_f64(y) - want) / np.linalg.norm(want))
+def relative_error(y: mx.array, want: np.ndarray) -> float:
+    """In the Frobenius norm; nan where y has one."""
+    return float(np.linalg.norm(f64(y) - want) / np.linalg.norm(want))
 
 
 def _checks(case: _Case) -> Iterator[tuple[str, float, Callable[[], float]]]:
@@ -142,10 +144,10 @@ def _checks(case: _Case) -> Iterator[tuple[str, float, Callable[[], float]]]:
 
     def dequantize() -> float:
         got = ops.dequantize(codes, scales, biases, dtype=mx.float32, **case.keywords)
-        return _error(got, back.astype(np.float64))
+        return relative_error(got, back.astype(np.float64))
 
     def quantize() -> float:
-        want = _f64(case.dense)
+        want = f64(case.dense)
         return float(np.linalg.norm(case.values - want) / np.linalg.norm(want))
 
     # Of normal values in affine steps less than two of them, and what rounding scales takes.

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import _ext, ops
+from . import _ext, ops, selftest
 from .backend import Backend, get_backend, set_backend
 from .formats import FORMATS, Format
 
@@ -36,6 +36,9 @@ MARGIN, NEAR = 0.97, (1.0, 3.0)
 # Weights of one turn, so that caches do not hold them, and the seconds after which larger
 # problems of a series are left out.
 TURN_BYTES, PATIENCE = 256 << 20, 0.5
+# Relative error beyond which a product of ours is wrong, whatever its dtype. A kernel that has
+# lost a row or a barrier is off by far more.
+BOUND = 2.0**-6
 
 
 class Row(NamedTuple):
@@ -48,6 +51,17 @@ class Row(NamedTuple):
     K: int
     ours: float
     mlx: float
+
+
+class Failed(NamedTuple):
+    """A case that has no figure: its kernel was refused by the device's compiler, or is wrong."""
+
+    op: str
+    format: str
+    M: int
+    N: int
+    K: int
+    words: str
 
 
 class Measured:
@@ -142,10 +156,11 @@ def measure(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     rows: Sequence[int] = ROWS,
     dtype: mx.Dtype = mx.bfloat16,
-) -> Iterator[Row]:
+) -> Iterator[Row | Failed]:
     """A row for each op, format, shape (K, N) and number of rows of x, on the default device.
 
-    Where there is no kernel of ours, or MLX has no such op, there is no row.
+    A kernel that is refused or wrong has no figure, so that ``auto`` does not choose it. Where
+    there is no kernel of ours, or MLX has no such op, there is no row.
     """
     before = get_backend()
     try:
@@ -159,21 +174,57 @@ def measure(
 
 def _series(
     op: str, fmt: Format, K: int, N: int, rows: Sequence[int], dtype: mx.Dtype
-) -> Iterator[Row]:
+) -> Iterator[Row | Failed]:
     keywords = {"mode": fmt.mode, "bits": fmt.bits, "group_size": fmt.group_size}
     w = mx.quantize((mx.random.normal((N, K)) * 0.02).astype(dtype), **keywords)
     copies = min(16, max(1, TURN_BYTES // sum(a.nbytes for a in w)))
     weights = [[mx.array(a) for a in w] for _ in range(copies)]
     mx.eval(weights)
+    error_of = _errors(op, fmt, weights[0])
     for M in sorted(rows):
         x = mx.random.normal((M, K)).astype(dtype)
+        case = (op, fmt.name, M, N, K)
+
+        def product(one: list[mx.array], x: mx.array = x) -> mx.array:
+            return getattr(ops, op)(x, *one, **keywords)
+
         try:
-            ours, mlx = _turns(lambda one, x=x: getattr(ops, op)(x, *one, **keywords), weights)
+            set_backend("lowbit")
+            error = error_of(x, product(weights[0]))
+            if not error <= BOUND:
+                yield Failed(*case, f"wrong, relative error {error:.2g}")
+                continue
+            ours, mlx = _turns(product, weights)
+        except _ext.KernelRefused as refusal:  # other numbers of rows have other kernels
+            yield Failed(*case, str(refusal))
+            continue
         except (ValueError, RuntimeError):
             return
-        yield Row(op, fmt.name, M, N, K, 1e6 * ours, 1e6 * mlx)
+        yield Row(*case, 1e6 * ours, 1e6 * mlx)
         if max(ours, mlx) * copies > PATIENCE:
             return
+
+
+def _errors(op: str, fmt: Format, w: list[mx.array]) -> Callable[[mx.array, mx.array], float]:
+    """The relative error of y = x @ w^T, against float64, on some of the rows of x and of w.
+
+    Rows lie an odd number apart: they meet every place of the tiles that kernels work in.
+    """
+    every = w[0].shape[0] // 64 | 1
+    dense = selftest.decode(fmt, *(a[::every] for a in w))
+    dense = dense.reshape(len(dense), -1)
+
+    def error_of(x: mx.array, y: mx.array) -> float:
+        some = x.shape[0] // 16 | 1
+        x = x[::some]
+        if op == "qqmm":
+            parts = ops.quantize(x, mode=fmt.mode, bits=fmt.bits, group_size=fmt.group_size)
+            values = selftest.decode(fmt, *parts).reshape(x.shape)
+        else:
+            values = selftest.f64(x)
+        return selftest.relative_error(y[::some, ::every], values @ dense.T)
+
+    return error_of
 
 
 def _turns(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
+import multiprocessing
+import os
 import struct
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import emulator
@@ -54,6 +59,37 @@ def visible(source: str) -> str:
 @functools.lru_cache(maxsize=64)
 def library(family: str, fmt: Format | None, kind: emulator.Kind) -> emulator.Library:
     return emulator.compile(source(family, fmt), kind)
+
+
+def fails(action: Callable[[], None]) -> bool:
+    """Whether an assertion of `action` fails, or it ends its process: a wrong kernel may.
+
+    It runs in a process of its own, two minutes at most.
+
+    Raises:
+        RuntimeError: another exception, which is printed.
+    """
+
+    def run() -> None:
+        faulthandler.disable()
+        code = 0
+        try:
+            action()
+        except AssertionError:
+            code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 2
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(120)
+    process.kill()
+    process.join()
+    if process.exitcode == 2:
+        raise RuntimeError("an exception that is no failed assertion")
+    return process.exitcode != 0
 
 
 def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 import strategies
 from mlx_lowbit import formats
 
+import kernels
 from kernels import KERNELS
 
 FORMATS = [
@@ -84,11 +85,11 @@ def test_quantized_activations(device, some_fmt, M, dtype, rng, monkeypatch):
     assert entries(device)[0] == "round"
 
 
-def pairs_of(rng, fmt, count, M, matrices, N):
-    x, w = operands(rng, fmt, mx.float16, (3, M), 2 * fmt.group_size, N, (matrices,))
+def pairs_of(rng, fmt, count, M, matrices, N, dtype=mx.float16):
+    x, w = operands(rng, fmt, dtype, (3, M), 2 * fmt.group_size, N, (matrices,))
     rhs, lhs = rng.integers(0, matrices, count), rng.integers(0, 3, count)
     rhs[-1] = -1
-    bias = strategies.activations(rng, (matrices, N), mx.float16)
+    bias = strategies.activations(rng, (matrices, N), dtype)
     return x, w, lhs.astype(np.int64), rhs.astype(np.int64), bias
 
 
@@ -107,6 +108,28 @@ def test_pairs(device, some_fmt, count, M, ran, rng):
         one = oracle.Weight(*(None if p is None else p[b] for p in w))
         want = oracle.quantized_matmul(fmt, x[a], one, bias=bias[b])
         oracle.assert_close(oracle.to_mlx(y[i]), want, x.shape[-1])
+
+
+@pytest.mark.parametrize("some_fmt", FORMATS[2:], indirect=True, ids=lambda f: f.name)
+@pytest.mark.parametrize("count, ran", [(5, "matvec"), (24, "matmul")])
+def test_pairs_of_quantized_activations(device, some_fmt, count, ran, dtype, rng, monkeypatch):
+    """Experts whose activations are quantized; those of nvfp4 have global scales of their own."""
+    fmt = some_fmt
+    monkeypatch.setattr(oracle, "on_gpu", lambda: True)
+    x, w, lhs, rhs, _ = pairs_of(rng, fmt, count, 2, 4 if count > 5 else 40, 41, dtype)
+    scales = {}
+    if fmt.mode == "nvfp4":
+        most = float(np.abs(x.astype(np.float32)).max())
+        scales = {"global_scale_x": most, "global_scale": 1000.0}
+    y = device.product(fmt, x, w, quantize_x=True, lhs=lhs, rhs=rhs, **scales)
+    assert [entry for entry in entries(device) if entry != "group"] == ["round", ran]
+    named = {("global_scale_w" if k == "global_scale" else k): v for k, v in scales.items()}
+    for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
+        if b < 0:
+            assert np.isnan(y[i].astype(np.float32)).all()
+            continue
+        one = oracle.Weight(*(None if p is None else p[b] for p in w))
+        oracle.assert_close(oracle.to_mlx(y[i]), oracle.qqmm(fmt, x[a], one, **named), x.shape[-1])
 
 
 def test_pairs_of_columns(device, some_fmt, rng):
@@ -203,6 +226,63 @@ def test_wrong_host_code_is_noticed(device, what, rng):
     with pytest.raises(AssertionError):
         y = wrong.product(fmt, x, w, bias=bias)
         oracle.assert_close(oracle.to_mlx(y), oracle.quantized_matmul(fmt, x, w, bias=bias), 128)
+
+
+def all_of_nvfp4(device, rng):
+    """Pairs one by one and sorted, quantized activations, a global scale of w alone, quantize."""
+    fmt = FORMATS[3]
+    for count, matrices, quantize_x in ((5, 40, False), (24, 7, False), (24, 7, True)):
+        x, w, lhs, rhs, bias = pairs_of(rng, fmt, count, 1 + count % 2, matrices, 41)
+        scales = {"global_scale": 900.0}
+        if quantize_x:
+            scales["global_scale_x"] = float(np.abs(x.astype(np.float32)).max())
+        y = device.product(fmt, x, w, quantize_x=quantize_x, lhs=lhs, rhs=rhs, bias=bias, **scales)
+        for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
+            if b < 0:
+                assert np.isnan(y[i].astype(np.float32)).all()
+                continue
+            one = oracle.Weight(*(None if p is None else p[b] for p in w))
+            if quantize_x:
+                named = {"global_scale_x": scales["global_scale_x"], "global_scale_w": 900.0}
+                want = oracle.qqmm(fmt, x[a], one, bias=bias[b], **named)
+            else:
+                want = oracle.quantized_matmul(fmt, x[a], one, bias=bias[b], **scales)
+            oracle.assert_close(oracle.to_mlx(y[i]), want, x.shape[-1])
+    values = strategies.activations(rng, (40, 96), mx.float16)
+    got, want = device.quantize(fmt, values, 9.0), oracle.encode(fmt, values, 9.0)
+    np.testing.assert_array_equal(got.words, want.words)
+    back = device.dequantize(fmt, got, np.dtype(np.float16), 9.0)
+    np.testing.assert_allclose(back, oracle.decode(fmt, got, 9.0), rtol=2.0**-10, atol=1e-7)
+
+
+# Pairs, global scales and what goes over elements.
+WRONG_ELSEWHERE = {
+    "lhs and rhs exchanged": ("in(in.lhs, kLhs).in(in.rhs, kRhs)", "in(in.lhs, kRhs).in(in.rhs, kLhs)"),
+    "no pairs": (".gather = kind.gather", ".gather = false"),
+    "one pair": ("plan.tokens), s.pairs, simdgroups", "plan.tokens), 1, simdgroups"),
+    "pairs that are not sorted": (".grouped = plan.grouped", ".grouped = false"),
+    "too few sorted tiles": ("s.pairs * s.M / plan.tokens + matrices", "s.pairs * s.M / plan.tokens"),
+    "sorted by other matrices": ("GroupArgs{M, pairs, matrices}", "GroupArgs{M, pairs, matrices - 1}"),
+    "w's global scale as that of x": ("in(in.global_w, kGlobalW)", "in(in.global_w, kGlobalX)"),
+    "w's global scale left out": (".has_global_w = in.global_w.has_value()", ".has_global_w = false"),
+    "x rounded to another scale": ("launch.in(global, kQGlobal);\n  run_elements(launch, x.size())",
+                                   "run_elements(launch, x.size())"),
+    "x that is not rounded": ("kind.quantize_x ? round_trip(kind.format, in.x, in.global_x, stream) : in.x", "in.x"),
+    "codes and scales exchanged": ("kQCodes + int(i)", "kQCodes + (int(i) ^ 1)"),
+    "half of the elements": ("return {int64_t(elements) /", "return {int64_t(elements) / 2 /"),
+    "a grid of half of the elements": ("int64_t(elements), 32 * 32", "int64_t(elements) / 2, 32 * 32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [None, *WRONG_ELSEWHERE])
+def test_wrong_host_code_of_pairs_and_elements_is_noticed(device, what, rng, monkeypatch):
+    monkeypatch.setattr(oracle, "on_gpu", lambda: True)
+    if what is None:
+        all_of_nvfp4(device, rng)
+        return
+    before, after = WRONG_ELSEWHERE[what]
+    wrong = host.Host(host.build(lambda text: text.replace(before, after)))
+    assert kernels.fails(lambda: all_of_nvfp4(wrong, rng))
 
 
 def test_the_names_of_kernels_are_the_plan_s():

@@ -1,10 +1,10 @@
-"""Each barrier dropped, each threadgroup array shortened: the tests' launches must notice."""
+"""Each barrier dropped, each threadgroup array shortened: the tests' launches must notice.
+
+A mutant that no launch can notice is in JUSTIFIED, with its reason.
+"""
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing
-import os
 import re
 
 import mlx.core as mx
@@ -22,6 +22,10 @@ ARRAY = re.compile(r"^( *threadgroup \w+ \w+\[)(.*)(\];)$", re.M)
 
 FORMAT = formats.get(bits=4, group_size=64)
 FAMILIES = ("matmul", "group")
+# Elements at the end of an array that nothing reads or writes: the padding of its last row.
+SPARE = {"staged": "kPad"}
+# Mutants that nothing can notice, and why.
+JUSTIFIED: dict[str, str] = {}
 
 
 def mutants(family):
@@ -30,11 +34,11 @@ def mutants(family):
     for i, found in enumerate(BARRIER.finditer(text)):
         yield f"{family} without barrier {i}", text[: found.start()] + text[found.end() :]
     for found in ARRAY.finditer(text):
-        short = f"{found[1]}({found[2]}) * 3 / 4{found[3]}"
-        yield (
-            f"{found[1].split()[-1]}] shortened",
-            text[: found.start()] + short + text[found.end() :],
-        )
+        name = found[1].split()[-1].removesuffix("[")
+        for what, size in (("a quarter", "* 3 / 4"), ("one", f"- 1 - {SPARE.get(name, 0)}")):
+            short = f"{found[1]}({found[2]}) {size}{found[3]}"
+            mutant = text[: found.start()] + short + text[found.end() :]
+            yield f"{family} with {name} shorter by {what}", mutant
 
 
 ALL = [(family, *m) for family in FAMILIES for m in mutants(family)]
@@ -63,17 +67,13 @@ def wrong_order(seed):
 
 
 def noticed(family):
-    """In a process of its own: a mutant that reads anywhere may end it, which counts."""
+    """A mutant that reads anywhere may end its process, which counts."""
+    wrong = wrong_product if family == "matmul" else wrong_order
 
     def launches():
-        faulthandler.disable()
-        wrong = wrong_product if family == "matmul" else wrong_order
-        os._exit(any(wrong(seed) for seed in range(3)))
+        assert not any(wrong(seed) for seed in range(3))
 
-    process = multiprocessing.get_context("fork").Process(target=launches)
-    process.start()
-    process.join(120)
-    return process.exitcode != 0
+    return kernels.fails(launches)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,13 +81,20 @@ def test_the_text_as_it_is_passes(family):
     assert not noticed(family)
 
 
-@pytest.mark.parametrize("family", ["matvec", "vecmat", "quantize"])
-def test_the_others_have_nothing_to_drop(family):
-    assert not list(mutants(family))
+@pytest.mark.parametrize("family", ["matvec", "matmul", "vecmat", "quantize", "group"])
+def test_every_barrier_and_array_has_its_mutants(family):
+    """However they are written; matvec, vecmat and what goes over elements have none."""
+    text = re.sub(r"//.*", "", kernels.source(family, FORMAT))
+    barriers = len(re.findall(r"_barrier\s*\(", text))
+    arrays = len(re.findall(r"\bthreadgroup\b[^*&;()]*\[", text))
+    assert len(list(mutants(family))) == barriers + 2 * arrays
+    assert (barriers + arrays > 0) == (family in FAMILIES)
 
 
-def test_there_are_mutants():
-    assert len(ALL) >= 7
+def test_at_least_19_of_20_are_to_be_noticed():
+    names = [what for _, what, _ in ALL]
+    assert len(set(names)) == len(names) and set(JUSTIFIED) <= set(names)
+    assert len(JUSTIFIED) <= len(ALL) / 20
 
 
 @pytest.mark.parametrize("family, what, text", ALL, ids=[what for _, what, _ in ALL])
@@ -95,6 +102,6 @@ def test_mutants_are_noticed(family, what, text, monkeypatch):
     monkeypatch.setattr(kernels, "source", lambda *_: text)
     kernels.library.cache_clear()
     try:
-        assert noticed(family), what
+        assert noticed(family) != (what in JUSTIFIED), what
     finally:
         kernels.library.cache_clear()

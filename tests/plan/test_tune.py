@@ -135,3 +135,52 @@ def test_doctor_tunes_and_keeps(monkeypatch, capsys, cache):
     monkeypatch.setattr(tune, "measure", lambda formats: iter([row(1, 10, 20)]))
     assert doctor.main(["--tune", "--formats", "affine4_g64"]) == 0
     assert "2.00x" in capsys.readouterr().out and len(list(cache.iterdir())) == 1
+
+
+def test_a_refused_or_wrong_kernel_has_no_figure(monkeypatch):
+    """One row of x: refused; two: wrong in its last column; three: right."""
+    right = ops.quantized_matmul
+
+    def product(x, *weights, **keywords):
+        y = right(x, *weights, **keywords)
+        if ops.get_backend() == "lowbit" and x.shape[0] == 1:
+            raise _ext.KernelRefused("matvec_affine4_g64_bfloat16_1: no such type")
+        if ops.get_backend() == "lowbit" and x.shape[0] == 2:
+            y = mx.where(mx.arange(y.shape[1]) == 31, 0, y)
+        return y
+
+    monkeypatch.setattr(ops, "quantized_matmul", product)
+    monkeypatch.setattr(tune, "TURN_BYTES", 0)
+    fmt = next(f for f in FORMATS if f.name == "affine4_g64")
+    refused, wrong, measured = tune.measure((fmt,), ((64, 32),), (1, 2, 3))
+    assert isinstance(refused, tune.Failed) and refused.words.endswith("no such type")
+    assert isinstance(wrong, tune.Failed) and wrong.words.startswith("wrong, relative error 0.")
+    assert isinstance(measured, tune.Row) and [c.M for c in (refused, wrong, measured)] == [1, 2, 3]
+    assert backend.get_backend() == "auto"
+
+
+def test_right_activations_are_measured(qq_fmt, monkeypatch):
+    monkeypatch.setattr(tune, "TURN_BYTES", 0)
+    cases = list(tune.measure((qq_fmt,), ((96, 70),), (1, 40)))
+    of_one = [("quantized_matmul", 1), ("quantized_matmul", 40), ("qqmm", 1)]
+    assert [(c.op, c.M) for c in cases][:3] == of_one  # MLX's CPU has no qqmm of more rows
+    assert all(isinstance(c, tune.Row) for c in cases), cases
+
+
+def test_the_command_for_a_mac(monkeypatch, capsys):
+    """All that is asked for, in one block; a kernel that fails is named, and the status is 1."""
+    failed = tune.Failed("qqmm", "mxfp8", 16, 4096, 4096, "matmul_mxfp8: no such type")
+    cases = [row(1, 10, 20)]
+    monkeypatch.setattr(tune, "measure", lambda formats: iter(cases))
+    result = doctor.selftest.Result("qqmm", "mxfp8", "float32", 1e-7, 1e-6)
+    monkeypatch.setattr(doctor.selftest, "run", lambda: iter([result]))
+    monkeypatch.setattr(doctor, "devices", lambda: [mx.default_device()])
+    assert doctor.main(["--test", "--tune", "--report"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("```\n") and text.endswith("```\n") and text.count("```") == 2
+    assert "qqmm: 1 of 1 right" in text and "2.00x" in text and "1 cases measured" in text
+    cases[:] = [failed]
+    assert doctor.main(["--test", "--tune", "--report"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED qqmm mxfp8 M=16 N=4096 K=4096: matmul_mxfp8: no such type" in text
+    assert "not measured" in text, "older figures are gone"
