@@ -34,6 +34,9 @@ struct Half<bf16> {
   static __device__ __forceinline__ float high(uint32_t pair) {
     return __uint_as_float(pair & 0xffff0000u);
   }
+  static __device__ __forceinline__ float either(uint32_t pair, bool high) {
+    return __uint_as_float(__byte_perm(pair, 0, high ? 0x3244 : 0x1044));
+  }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -70,6 +73,9 @@ struct Half<f16> {
     return __half2float(__ushort_as_half(uint16_t(pair)));
   }
   static __device__ __forceinline__ float high(uint32_t pair) { return low(pair >> 16); }
+  static __device__ __forceinline__ float either(uint32_t pair, bool high) {
+    return low(high ? pair >> 16 : pair);
+  }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

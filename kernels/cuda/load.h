@@ -7,6 +7,8 @@
 // each lane's codes are a few whole words.
 #pragma once
 
+#include <type_traits>
+
 #include "../formats/affine.h"
 #include "../formats/mxfp4.h"
 #include "../formats/mxfp8.h"
@@ -139,6 +141,19 @@ class LaneAt<3, 2> {
 constexpr __device__ int order_of_halves(int i) { return i / 2 + i % 2 * 4; }
 constexpr __device__ int order_of_bytes(int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * 2; }
 
+// Scales of two groups beside each other, from two bytes.
+template <class Scale>
+__device__ __forceinline__ float2 two_scales(uint32_t bytes) {
+#if __CUDA_ARCH__ >= 890
+  if constexpr (std::is_same_v<Scale, E4m3>) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(uint16_t(bytes)));
+    return {Half<f16>::low(pair), Half<f16>::high(pair)};
+  }
+#endif
+  return {Scale::decode(bytes & 0xffu), Scale::decode(bytes >> 8)};
+}
+
 // Four pairs of elements of T for 8 codes, on kPlanes planes. With e the elements of pair p,
 //   value of a code = 2^kLift * (e[plane 0] + 16 * e[plane 1]) / 2^place(p) - kOffset /
 //   2^place(p)
@@ -149,6 +164,7 @@ struct LaneCodes;
 // What is the same for codes that stay where their pair says.
 struct LaneCodesInPlace {
   static constexpr int kTop = 0;
+  static constexpr bool kNan = false;
   static constexpr bool kAcross = false;
   static constexpr __device__ int place(int) { return 0; }
 };
@@ -158,6 +174,7 @@ struct LaneCodes<Unsigned<B>, T, join> {
   static constexpr int kMantissa = Half<T>::kMantissaBits;
   static constexpr bool kSplit = B > kMantissa;  // into nibbles, a plane each
   static constexpr int kPlanes = kSplit ? 2 : 1, kLift = 0;
+  static constexpr bool kNan = false;
   static constexpr float kOffset = Half<T>::kOffset * (kSplit ? 17 : 1);
   // Codes beside each other that fit into the mantissa need no shift of their own. (float16 has
   // no room in its exponent for x to make up for that.)
@@ -210,19 +227,26 @@ struct LaneCodes<E2m1, T, join> : LaneCodesInPlace {
   static constexpr float kOffset = 0.0f;
   static constexpr __device__ int order(int i) { return order_of_halves(i); }
 
+  static constexpr int kAt = Half<T>::kMantissaBits - 1;  // of a code's mantissa bit
+
+  // Codes p and p + 4 of v, p of 0 and 1. Where a code's exponent and mantissa do not reach its
+  // sign's place, one product has two copies of it, each as far up as one of them wants.
   template <int p>
   static __device__ __forceinline__ uint32_t pair(uint32_t v) {
-    constexpr int kAt = Half<T>::kMantissaBits - 1;  // of the code's mantissa bit
-    constexpr uint32_t kBits = 7u << kAt;
-    const uint32_t sign = shift<12 - 4 * p>(v) & 0x80008000u;
-    return (shift<kAt - 4 * p>(v) & (kBits | kBits << 16)) | sign;
+    constexpr uint32_t kBits = (7u << kAt | 0x8000u) * 0x10001u, kCode = 15u << (4 * p);
+    if constexpr (kAt + 4 <= 12) {
+      return (v & kCode * 0x10001u) * ((1u << kAt | 1u << 12) >> (4 * p)) & kBits;
+    } else {
+      const uint32_t sign = shift<12 - 4 * p>(v) & 0x80008000u;
+      return (shift<kAt - 4 * p>(v) & (kBits & ~0x80008000u)) | sign;
+    }
   }
   template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[1][4]) {
     out[0][0] = pair<0>(v.x);
     out[0][1] = pair<1>(v.x);
-    out[0][2] = pair<2>(v.x);
-    out[0][3] = pair<3>(v.x);
+    out[0][2] = pair<0>(v.x >> 8);
+    out[0][3] = pair<1>(v.x >> 8);
   }
 };
 
@@ -245,10 +269,13 @@ struct LaneCodes<E4m3, T, join> : LaneCodesInPlace {
     out[0][1] = pair<0>(v.x);
     out[0][2] = pair<8>(v.y);
     out[0][3] = pair<0>(v.y);
-    // 0x7f and 0xff are NaN; moved up, they would be 480.
-    const uint32_t nan =
-        ((v.x & 0x7f7f7f7fu) + 0x01010101u) | ((v.y & 0x7f7f7f7fu) + 0x01010101u);
-    if (nan & 0x80808080u) out[0][0] = 0x7fff7fffu;
+  }
+  // 0x7f and 0xff are NaN; moved up, they are 480. Of `met` and these codes, some of kNans if
+  // any was NaN.
+  static constexpr bool kNan = true;
+  static constexpr uint32_t kNans = 0x80808080u;
+  static __device__ __forceinline__ uint32_t nans(uint2 v, uint32_t met) {
+    return met | ((v.x & ~kNans) + 0x01010101u) | ((v.y & ~kNans) + 0x01010101u);
   }
 };
 

@@ -14,6 +14,14 @@
 // about one in 7 ns (with 256 bytes a copy it could not keep up: 20 us for 4-bit 4096x14336
 // without any arithmetic). Rings of each warp's own, filled by its own cp.async, tie the copies
 // to the arithmetic: 14.9 us where reading alone takes 9.6 (H200, 2026-11-22).
+//
+// What the 12.4 us of 4-bit 4096x14336 at M = 1 are (H200, 2026-11-28; reading alone 9.6): ncu
+// counts, at 1.35 GHz, 19,700 cycles and 10,600 instructions a scheduler, 7,500 of them the
+// products', 2,000 the copies'; 11 % of its samples wait for a stage, 12 % fall before the
+// first one. Not faster: the first tiles asked for from the L2 cache before anything else (12.8
+// to 14.2), the products' text run once while the first stage is awaited (no change), all lines
+// of the arguments touched at once (12.5), and a fifth fewer instructions through stages of 16
+// slices (12.5), which begin later.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -67,15 +75,45 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
     }
   }
 
-  // All of x, by the warps that multiply. Ends when it can be read; says whether it is small
-  // enough for codes to meet it before their scale. first: the block's first run, which the
-  // ring's barriers must be there for. qx: x is quantized first.
+  // All of x, by the warps that multiply. Ends when it can be read; says what sums of products
+  // are to be multiplied by, or 0 where x is so large that codes must not meet it before their
+  // scale. first: the block's first run, which the ring's barriers must be there for. qx: x is
+  // quantized first.
   template <bool qx>
-  __device__ __forceinline__ bool stage_x(bool first) const {
-    constexpr int NT = Shape::kTokenTiles;
-    uint32_t largest = 0;
+  __device__ __forceinline__ float stage_x(bool first) const {
     // No team reads what was there before. (One alone has met since it did.)
     if (Shape::kMostTeams > 1 && !first) sync_threads<Shape::kWorkers>(kBarrier);
+    for (int i = warp * 32 + lane; i < Shape::kZeros / 4; i += Shape::kWorkers)
+      reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
+    this->fill_table();
+    float unit = Base::kUnit;
+    if constexpr (Base::kRaised) {
+      const auto any_from = [](uint32_t largest, int e) {
+        return sync_any<Shape::kWorkers>(kBarrier, largest >= uint32_t(127 + e) << 23);
+      };
+#pragma unroll 1
+      for (int lifts = 1, before = -1; lifts != before;) {
+        const uint32_t largest = store_all_x<qx>(lifts);
+        before = lifts;
+        if (any_from(largest, 127 - Base::kXLift))
+          lifts = 0;
+        else if (!any_from(largest, -Base::kXLift))
+          lifts = 2;
+        unit = Base::kUnit * __uint_as_float(uint32_t(127 + (1 - lifts) * Base::kXLift) << 23);
+      }
+    } else {
+      const uint32_t largest = store_all_x<qx>(0);
+      if (sync_any<Shape::kWorkers>(kBarrier, largest >= __float_as_uint(0x1p100f)))
+        unit = 0.0f;
+    }
+    if (!gather || first) sync_threads<Shape::kThreads>(Base::kBegun);
+    return unit;
+  }
+  // Returns the largest magnitude, as bits, of what this thread stored, where it matters.
+  template <bool qx>
+  __device__ __forceinline__ uint32_t store_all_x(int lifts) const {
+    constexpr int NT = Shape::kTokenTiles;
+    uint32_t largest = 0;
 #pragma unroll 1
     for (int k = k0 + warp * kSlice + lane * 8; k - lane * 8 < k1; k += kBatch * kStride) {
       uint4 in[NT][kBatch][kTogether];
@@ -88,15 +126,10 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
       for (int b = 0; b < kBatch; b++)
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
-          if (k - lane * 8 + b * kStride < k1) {
-            Base::store_x(k + b * kStride, 8 * nt, in[nt][b], largest);
-          }
+          if (k - lane * 8 + b * kStride < k1)
+            Base::store_x(k + b * kStride, 8 * nt, in[nt][b], lifts, largest);
     }
-    for (int i = warp * 32 + lane; i < Shape::kZeros / 4; i += Shape::kWorkers)
-      reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
-    this->fill_table();
-    if (!gather || first) sync_threads<Shape::kThreads>(Base::kBegun);
-    return !sync_any<Shape::kWorkers>(kBarrier, largest >= __float_as_uint(0x1p100f));
+    return largest;
   }
   // This warp's sums of a tile, of all columns, to its place in a room.
   __device__ __forceinline__ void store_sums(float (&y)[NT][4], float* room) const {
@@ -108,17 +141,17 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
     }
   }
 
-  // The work of the warps that multiply, for a run whose x is staged. plain: what stage_x said.
+  // The work of the warps that multiply, for a run whose x is staged. unit: what stage_x said.
   // How many teams there are is part of the text: as a variable it took 3-bit experts 10 %.
   template <bool split = false>
-  __device__ __forceinline__ void multiply(Place& place, bool plain) const {
+  __device__ __forceinline__ void multiply(Place& place, float unit) const {
     if (Shape::kMostTeams > 1 && at.teams > 1)
-      multiply_by<split, Shape::kMostTeams>(place, plain);
+      multiply_by<split, Shape::kMostTeams>(place, unit);
     else
-      multiply_by<split, 1>(place, plain);
+      multiply_by<split, 1>(place, unit);
   }
   template <bool split, int teams>
-  __device__ __forceinline__ void multiply_by(Place& place, bool plain) const {
+  __device__ __forceinline__ void multiply_by(Place& place, float unit) const {
     constexpr int team_warps = Shape::kWarps / teams;
     const int tiles = this->run.tiles, tokens = this->run.tokens;
     const int team = warp / team_warps, member = warp % team_warps;
@@ -139,15 +172,14 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
       float y[NT][4] = {};
 #pragma unroll 1
       for (int k = k0; k < k1; k += at.codes) {
-        const int slices = (min(at.codes, k1 - k) + kSlice - 1) / kSlice;
+        const int slices = int(uint32_t(min(at.codes, k1 - k) + kSlice - 1) / kSlice);
         // Parity tells a round only from the one before, and what was in this place then may
         // have been another team's, not copied yet: that team has left it.
         if (teams > 1 && place.round > 0) wait_phase(this->empty(place), (place.round - 1) & 1);
         wait_phase(this->full(place), place.round & 1);
 #pragma unroll 1
         for (; turn < slices; turn += team_warps) {
-          const int here = k + turn * kSlice;
-          const int spans = (k1 - here + Shape::kSpan - 1) / Shape::kSpan;
+          const int here = k + turn * kSlice, left = k1 - here;
           Slice s;
 #pragma unroll
           for (int r = 0; r < 2; r++) {
@@ -158,10 +190,11 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
             s.biases[r] = s.scales[r] + kRows * at.scale_row;
           }
           s.x = Base::x_at(here), s.x_sums = Base::sums_at(here);
-          if (spans >= Shape::kInSlice)
+          if (left > kSlice - Shape::kSpan)
             Base::template multiply_slice<true>(s, 0, y);
           else
-            Base::template multiply_slice<false>(s, spans, y);
+            Base::template multiply_slice<false>(s, (left + Shape::kSpan - 1) / Shape::kSpan,
+                                                 y);
         }
         turn -= slices;
         __syncwarp();
@@ -178,8 +211,8 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < team_warps; w++) sum += from[w * Shape::kWarpSums];
-        if (plain)
-          keep<split>(tile - (waiting - 1 - which) * teams, r, token, sum * Base::kUnit);
+        if (unit != 0.0f)
+          keep<split>(tile - (waiting - 1 - which) * teams, r, token, sum * unit);
       }
       // The other room is free: its sums were read before the barrier just passed.
       if constexpr (Shape::kRooms == 1)
@@ -188,7 +221,7 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
         room = rooms + (room == rooms ? one_room : 0);
       waiting = 0;
     }
-    if (!plain) {
+    if (unit == 0.0f) {
       const MatvecBlock own = *this;  // whose address may escape: this one stays in registers
       own.template run_extreme<split>();
     }

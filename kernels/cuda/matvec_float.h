@@ -1,5 +1,12 @@
 // matvec with floats: codes become pairs of x's type (load.h), and groups' scales are applied
-// to float32 sums of products, or, of nvfp4, to the codes.
+// to float32 sums of products, or, of nvfp4 from 8 tokens on, to the codes.
+//
+// e2m1 and e4m3 codes are moved to where T has its exponent and mantissa, which makes them
+// 2^kLift times too small. Most stay so: sums are multiplied by what is missing. In bfloat16,
+// where that is 2^-126 or 2^-120, x is staged 2^100 times as large, so that no product is lost
+// to float32's range; x that does not fit that is staged again, as it is or 2^200 times as
+// large, and y is corrected. From 8 tokens on, where x takes longer to stage, codes are
+// multiplied.
 #pragma once
 
 #include "matvec_staging.h"
@@ -15,7 +22,17 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
   using Codes = LaneCodes<typename F::Code, T, Shape::kJoin>;
   static constexpr int kPlanes = Codes::kPlanes, NT = Shape::kColumnTiles;
   static constexpr int kSlots = Shape::kSlots;
-  static constexpr float kUnit = 1.0f / float(1 << Codes::kTop);  // of sums
+  // Whether codes are multiplied by 2^kLift, and whether x is staged 2^kXLift times as large.
+  static constexpr bool kLifted = !Shape::kAffine && !Shape::kFolded && H::kWide && TOK >= 8;
+  static constexpr bool kRaised = !Shape::kAffine && !Shape::kFolded && H::kWide && TOK < 8;
+  static constexpr int kXLift = 100;
+  // What is missing then: of sums of products before e8m0 scales, which may be as small as
+  // float32 has them, and of y before it is stored otherwise.
+  static constexpr float kMissing =
+      Shape::kFolded || kLifted ? 1.0f : float(1u << (Codes::kLift - (kRaised ? kXLift : 0)));
+  static constexpr bool kE8m0 = !Shape::kAffine && Shape::kGroup == 32;
+  static constexpr float kSumUnit = kE8m0 ? kMissing : 1.0f;
+  static constexpr float kUnit = (kE8m0 ? 1.0f : kMissing) / float(1 << Codes::kTop);
   // nvfp4: scale times code is exact in T when its power of two is moved down a little.
   static constexpr int kDown = Codes::kLift - (H::kMantissaBits == 7 ? 110 : 7);
 
@@ -41,11 +58,14 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
       }
     }
   }
+  static __device__ __forceinline__ uint32_t lift_if(bool yes) {
+    return H::power(yes ? kXLift : 0) * 0x10001u;
+  }
   // Puts a slice into fragment order, [block of 32][token][lane of the quad][8], and beside it
   // of each group and token what takes the codes' offset out of a sum of products, and the sum
-  // of x, both times 2^kTop.
+  // of x, both times 2^kTop. lifts: kRaised, how often x is multiplied by 2^kXLift.
   __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether],
-                                          uint32_t& largest) const {
+                                          int lifts, uint32_t& largest) const {
     auto* about =
         reinterpret_cast<float2*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
     auto* x =
@@ -66,6 +86,11 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
           sum += low + high;
           lifted = fmaf(float(1 << lift), low + high, lifted);
           if (lift != 0) out[p] = H::multiply(out[p], H::power(lift) * 0x10001u);
+        }
+        if constexpr (kRaised) {
+          largest = max(largest, __float_as_uint(fabsf(H::low(out[p]))));
+          largest = max(largest, __float_as_uint(fabsf(H::high(out[p]))));
+          out[p] = H::multiply(H::multiply(out[p], lift_if(lifts >= 1)), lift_if(lifts == 2));
         }
       }
       if constexpr (Shape::kAffine) {
@@ -106,11 +131,15 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
       asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(row + 2 * i));
       s[0] = H::low(v);
     } else {
-#pragma unroll
-      for (int d = 0; d < n; d++) {
+      if constexpr (n == 2) {
+        uint16_t both;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(row + i));
+        const float2 two = two_scales<typename F::Scale>(both);
+        s[0] = two.x, s[1] = two.y;
+      } else {
         uint32_t v;
-        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i + d));
-        s[d] = F::Scale::decode(v);
+        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i));
+        s[0] = two_scales<typename F::Scale>(v).x;
       }
     }
   }
@@ -121,13 +150,16 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
     return load_shared(base + at.table + 4 * byte);
   }
 
-  // A slice, or its first groups.
+  // A slice, or its first spans.
   template <bool whole>
-  __device__ __forceinline__ void multiply_slice(const Slice& slice, int groups,
+  __device__ __forceinline__ void multiply_slice(const Slice& slice, int spans,
                                                  float (&y)[NT][4]) const {
     constexpr int kBlocks = Shape::kSpan / 32, kJoin = Shape::kJoin;
-    // Columns: token g % TOK, of the groups whose turn is slot g / TOK.
-    const int my_slot = g / (TOK < 8 ? TOK : 8);
+    constexpr int kInSpan = Shape::kInSpan;
+    // Columns: token g % TOK, of the groups whose turn is slot g / TOK. Of two groups in a
+    // block each has its own half of the quad's codes.
+    const int my_slot = g / (TOK < 8 ? TOK : 8) - (kInSpan == 2 ? c / 2 : 0);
+    [[maybe_unused]] uint32_t nans[2] = {};
     const uint32_t zeros = base + at.zeros + 16 * c;
     // Affine groups whose turn never varies: all scales of the slice in a few words.
     constexpr int kWords = Shape::kAffine && kSlots == 1 ? Shape::kSliceScales / 4 : 0;
@@ -153,9 +185,9 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
       }
 #pragma unroll
       for (int slot = 0; slot < kSlots; slot++) {
-        if (!whole && first + slot >= groups) break;
+        if (!whole && first + slot >= spans) break;
         const uint32_t there = slice.x + (first + slot) * kBlocks * TOK * 64;
-        const uint32_t from = Shape::kFree == 1 || my_slot == slot ? there : zeros;
+        const uint32_t from = Shape::kFree == 1 || my_slot == kInSpan * slot ? there : zeros;
 #pragma unroll
         for (int i = 0; i < kBlocks; i += kJoin) {
           const int block = (first + slot) * kBlocks + i;
@@ -172,14 +204,13 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
                 Codes::template pairs<0>(codes[r][j], pairs[r]);
               else
                 Codes::template pairs<1>(codes[r][j], pairs[r]);
-              if constexpr (Codes::kLift != 0) {
+              if constexpr (Codes::kNan) nans[r] = Codes::nans(codes[r][j], nans[r]);
+              if constexpr (Shape::kFolded || kLifted) {
                 uint32_t factor;
-                if constexpr (Shape::kFolded) {
+                if constexpr (Shape::kFolded)
                   factor = folded_scale(slice.scales[r], block);
-                } else {
-                  constexpr uint32_t one = H::power(Codes::kLift);
-                  factor = one | one << 16;
-                }
+                else
+                  factor = H::power(Codes::kLift) * 0x10001u;
 #pragma unroll
                 for (int p = 0; p < 4; p++)
                   pairs[r][0][p] = H::multiply(pairs[r][0][p], factor);
@@ -209,24 +240,39 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
           s[r][0] = first % 2 ? H::high(sv) : H::low(sv);
           b[r][0] = first % 2 ? H::high(bv) : H::low(bv);
         }
-        apply<whole>(sum, x_sum, offset, s, b, first, groups, y);
+        apply<whole>(sum, x_sum, offset, s, b, first, spans, y);
       } else if constexpr (!Shape::kFolded) {
         constexpr int kDistinct = TOK == 1 ? 2 : 1;  // groups of this lane's two columns
-        const int group = first + 2 * c / TOK % kSlots;
+        const int group = first * kInSpan + 2 * c / TOK % (kSlots * kInSpan);
         float s[2][kDistinct], b[2][kDistinct] = {};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
           load_scales(slice.scales[r], group, s[r]);
           if constexpr (Shape::kAffine) load_scales(slice.biases[r], group, b[r]);
         }
-        apply<whole>(sum, x_sum, offset, s, b, group, groups, y);
+        apply<whole>(sum, x_sum, offset, s, b, group, spans * kInSpan, y);
       }
+    }
+    if constexpr (Codes::kNan)
+      if (__any_sync(0xffffffffu, (nans[0] | nans[1]) & Codes::kNans)) spread_nans(nans, y);
+  }
+
+  // NaN codes of a row make its sums NaN, of all tokens.
+  __device__ __forceinline__ void spread_nans(const uint32_t (&nans)[2],
+                                              float (&y)[NT][4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const uint32_t lanes = __ballot_sync(0xffffffffu, nans[r] & Codes::kNans);
+      if ((lanes >> (lane - c) & 15u) == 0) continue;
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++)
+        y[nt][2 * r] = y[nt][2 * r + 1] = __uint_as_float(0x7fffffffu);
     }
   }
 
   // y += scale * (sum + offset) + bias * (sum of x), each column with its group's: `group` or,
-  // when there are two scales, the next. (Columns beyond kSlots * TOK are left out when columns
-  // are summed.)
+  // when there are two scales, the next. (Columns of no slot are left out when columns are
+  // summed.)
   template <bool whole, int n>
   __device__ __forceinline__ void apply(const float (&sum)[NT][kPlanes][4],
                                         const float2 (&x_sum)[NT], const float2 (&offset)[NT],
@@ -244,6 +290,7 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
         for (int i = 0; i < 2; i++) {
           float code = sum[nt][0][2 * r + i];
           if constexpr (kPlanes == 2) code = fmaf(16.0f, sum[nt][1][2 * r + i], code);
+          if constexpr (kSumUnit != 1.0f) code *= kSumUnit;
           if constexpr (Shape::kAffine) code += i ? offset[nt].y : offset[nt].x;
           float& into = y[nt][2 * r + i];
           into = fmaf(s[r][i % n], code, into);
@@ -255,19 +302,22 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
 
   // This lane's x for its first column of a slice that starts at k, and the sums of its group.
   __device__ uint32_t x_at(int k) const {
-    return base + at.x + (k - k0) / 32 * TOK * 64 + (g % (TOK < 8 ? TOK : 8) * 4 + c) * 16;
+    return base + at.x + uint32_t(k - k0) / 32 * TOK * 64 +
+           (g % (TOK < 8 ? TOK : 8) * 4 + c) * 16;
   }
   __device__ uint32_t sums_at(int k) const {
-    return base + at.x_sums + ((k - k0) / Shape::kGroup * TOK + 2 * c % (kSlots * TOK)) * 8;
+    return base + at.x_sums +
+           (uint32_t(k - k0) / Shape::kGroup * TOK + 2 * c % (kSlots * TOK)) * 8;
   }
 
   // The sum over a token's columns: of a lane, then of lanes of the quad.
   __device__ __forceinline__ void sum_columns(float (&y)[NT][4]) const {
-    if constexpr (kSlots > 1) {
+    constexpr int kUsed = kSlots * Shape::kInSpan * TOK;
+    if constexpr (kUsed > TOK) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float low = 2 * c < kSlots * TOK ? y[0][2 * r] : 0.0f;
-        float high = 2 * c + 1 < kSlots * TOK ? y[0][2 * r + 1] : 0.0f;
+        float low = 2 * c < kUsed ? y[0][2 * r] : 0.0f;
+        float high = 2 * c + 1 < kUsed ? y[0][2 * r + 1] : 0.0f;
         if constexpr (TOK == 1) low += high;
 #pragma unroll
         for (int other = TOK <= 2 ? 1 : TOK / 2; other < 4; other *= 2) {

@@ -112,16 +112,17 @@ __global__ void __launch_bounds__(MatvecShape<F, T, TOK>::kThreads, 1)
   } else if (begin == end) {
     sync_threads<Shape::kThreads>(Block::kBegun);
   } else {
-    bool first = true, plain = true;
+    bool first = true;
+    float unit = 1.0f;
     int staged = -1;
     each_run([&](const Block& block, auto& at) {
       // One row a run: pairs of the same one, as a token's experts are, find it staged.
       const int row = TOK == 1 ? int(block.x_row(0)) : -1;
       if (TOK > 1 || first || row != staged)
-        plain = block.template stage_x<false>(first);
+        unit = block.template stage_x<false>(first);
       else
         sync_threads<Shape::kWorkers>(Block::kBarrier);  // sums of the run before are read
-      block.multiply(at, plain);
+      block.multiply(at, unit);
       first = false, staged = row;
     });
   }

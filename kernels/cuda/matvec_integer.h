@@ -49,17 +49,17 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   static constexpr int NT = Shape::kColumnTiles, kSlots = Shape::kSlots;
   using Bytes = ByteCodes<F::kBits>;
   static constexpr float kUnit = 1.0f;  // of sums
+  static constexpr bool kRaised = false;
   // Column q of the product: limb q / TOK of token q % TOK. TOK == 1: limb q % 4 of the group
   // of slot q / 4, and limb 3, which there is not, collects biases. Other columns are never
   // read.
   static constexpr int kBlock = 3 * TOK * 32;  // bytes of x for a block of 32 codes
-  // An integer below 2^22 added to these bits is the float 1.5 * 2^23 with it added.
-  static constexpr int kMagic = 0x4b400000;
-  static constexpr float kMagicFloat = 12582912.0f;
+  // Added to a float below 2^22: leaves its integer in the low bits.
+  static constexpr float kMagic = 12582912.0f;
 
   // A slice of x: limbs as [block of 32][limb][token][lane of the quad][8], and of each group
   // and token its unit and its sum.
-  __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether],
+  __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether], int,
                                           uint32_t& largest) const {
     auto* about =
         reinterpret_cast<float2*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
@@ -90,7 +90,7 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
       uint32_t z[8];  // limb 2 + 128, limb 1 + 128, limb 0
 #pragma unroll
       for (int i = 0; i < 8; i++)
-        z[i] = __float_as_int(fmaf(f[Bytes::order(i)], scale, kMagicFloat)) + 0x8080 - 0x400000;
+        z[i] = __float_as_int(fmaf(f[Bytes::order(i)], scale, kMagic)) + 0x8080 - 0x400000;
       uint32_t limbs[3][2];
 #pragma unroll
       for (int w = 0; w < 2; w++) {
@@ -111,11 +111,11 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   // This lane's x for its first column of a slice that starts at k, and what is known of its
   // group.
   __device__ uint32_t x_at(int k) const {
-    return base + at.x + (k - k0) / 32 * kBlock + (TOK == 1 ? g % 4 : g) * 32 + c * 8;
+    return base + at.x + uint32_t(k - k0) / 32 * kBlock + (TOK == 1 ? g % 4 : g) * 32 + c * 8;
   }
   __device__ uint32_t sums_at(int k) const {
     const int token = TOK == 1 ? c / 2 : 2 * c % TOK;  // TOK == 1: its slot's group
-    return base + at.x_sums + ((k - k0) / Shape::kGroup * TOK + token) * 8;
+    return base + at.x_sums + (uint32_t(k - k0) / Shape::kGroup * TOK + token) * 8;
   }
 
   template <bool whole>
@@ -132,9 +132,7 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
     const uint32_t zeros = base + at.zeros + 8 * c;
 #pragma unroll
     for (int first = 0; first < Shape::kInSlice; first += kSlots) {
-      int sum[NT][4];
-#pragma unroll
-      for (int i = 0; i < 4 * NT; i++) sum[i / 4][i % 4] = kMagic;
+      int sum[NT][4] = {};
 #pragma unroll
       for (int slot = 0; slot < kSlots; slot++) {
         if (!whole && first + slot >= groups) break;
@@ -179,7 +177,7 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
 #pragma unroll
             for (int nt = half; nt < NT; nt += Shape::kTokenTiles) {
               float& into = y[nt][2 * r + i];
-              into = fmaf(factor, __int_as_float(sum[nt][2 * r + i]) - kMagicFloat, into);
+              into = fmaf(factor, float(sum[nt][2 * r + i]), into);
             }
             if (TOK > 1 || i == 1) {
               float& into = y[2 * TOK / 8 + half][2 * r + i];
@@ -219,7 +217,7 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   // The scale of group `first` out of a pair, or of this lane's slot's.
   __device__ __forceinline__ float pick(uint32_t pair, int first) const {
     if constexpr (TOK == 1)
-      return H::low(c < 2 ? pair : pair >> 16);
+      return H::either(pair, c >= 2);
     else
       return first % 2 ? H::high(pair) : H::low(pair);
   }

@@ -11,7 +11,11 @@ struct MatvecSizes {
   bool affine;
   int tokens;  // 1, 4, 8 or 16: rows of x, padded
 
-  constexpr bool folded() const { return group < 32; }
+  // Whether the scales of groups of 16 meet the codes, and not sums of products. With columns
+  // of the accumulators free (below), each of a block's two groups has columns of its own, and
+  // scales are applied to sums: 20 instructions an mma where folding takes 30 (nvfp4
+  // 4096x14336, M = 1: 16.5 and 14.8 us, M = 4: 16.4 and 14.7; H200, 2026-11-28).
+  constexpr bool folded() const { return group < 32 && tokens >= 8; }
   // Whether codes meet x as integers (matvec_integer.h). 4096x14336, H200, integers against
   // floats in one run: 4-bit M = 1 13.3 / 13.8, M = 4 14.1 / 13.9; 8-bit 19.3 / 21.1, 19.5 /
   // 20.7, M = 8 23.9 / 21.8 us (2026-11-22); 3-bit M = 1 14.5 / 13.7 (2026-11-23).
@@ -21,13 +25,12 @@ struct MatvecSizes {
   // Warps that multiply, and those that copy: the copy engine takes a row at a time, and one
   // warp alone asks for about one in 40 ns (4-bit 4096x14336, M = 1: 19.9 us with one, 13.8
   // with 4, 14.3 with 8; H200, 2026-11-22).
-  constexpr int warps() const { return tokens > 8 ? 8 : 16; }
+  static constexpr int kWarps = 16, kCopyWarps = 4;
   // The warps that multiply form teams, which take tiles in turn: a team's sums of y wait for
   // its own warps alone, while the others multiply. 1, 2 and 4 teams at M = 8, 4096x14336:
   // 3-bit 16.1, 15.4, 14.5 us; experts of 16 tokens 101, 96, 89 (H200, 2026-11-23). As many as
   // the ring allows: at most this.
   constexpr int most_teams() const { return tokens == 8 || tokens == 4 ? 4 : 1; }
-  static constexpr int kCopyWarps = 4;
   static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
   // Slices in a stage: long rows make few copies, short ones come and go sooner, which few
   // tiles a block want; and less than 3 stages keep too little under way. 16 and 8 slices,
@@ -52,7 +55,7 @@ struct MatvecSizes {
     return kRows * (code_row(codes) + (affine ? 2 : 1) * scale_row(codes));
   }
   // Groups that meet the tensor cores at once, and zeros for the columns of the others.
-  constexpr int span() const { return folded() ? 32 : group; }
+  constexpr int span() const { return group < 32 ? 32 : group; }
   constexpr int zeros() const {
     return integer()     ? (tokens == 1 ? span() / 32 * 96 : 0)
            : tokens >= 8 ? 0
@@ -65,7 +68,7 @@ struct MatvecSizes {
   constexpr int rooms() const { return tokens >= 8 ? 1 : 2; }
   static constexpr int kTokenSums = 20;  // floats for 16 rows; lane quads in different banks
   constexpr int warp_sums() const { return tokens * kTokenSums; }
-  constexpr int tile_sums() const { return warps() * warp_sums(); }  // of all teams
+  constexpr int tile_sums() const { return kWarps * warp_sums(); }  // of all teams
 
   // Shared memory: barriers of the ring | x | a group of zeros | group sums of x | warps' sums
   // of y | scale table | parts of y of the block's tiles (split_k) | ring of `stages` of

@@ -75,7 +75,7 @@ struct MatvecShape {
   static constexpr int kColumnTiles = !kInteger  ? kTokenTiles
                                       : TOK == 1 ? 1
                                                  : (3 * TOK + 7) / 8;
-  static constexpr int kWarps = kSizes.warps(), kWorkers = 32 * kWarps;
+  static constexpr int kWarps = kSizes.kWarps, kWorkers = 32 * kWarps;
   static constexpr int kMostTeams = kSizes.most_teams();
   static constexpr int kCopyWarps = kSizes.kCopyWarps;
   static constexpr int kThreads = kWorkers + 32 * kCopyWarps;
@@ -86,13 +86,14 @@ struct MatvecShape {
   static constexpr int kGroup = F::kGroup, kSpan = kSizes.span();
   static constexpr bool kAffine = F::kHasBias, kFolded = kSizes.folded();
   static constexpr int kScaleSize = kSizes.scale_size();
-  // Fewer than 8 tokens leave columns of the accumulators free: groups take turns in them, and
-  // scales are applied once for `kSlots` groups.
+  // Fewer than 8 tokens leave columns of the accumulators free: the groups of `kSlots` spans
+  // take turns in them, and scales are applied once for all of these.
+  static constexpr int kInSpan = kGroup < kSpan && !kFolded ? kSpan / kGroup : 1;
   static constexpr int kFree = TOK >= 8 ? 1 : 8 / TOK, kInSlice = kSlice / kSpan;
-  static constexpr int kSlots = kInteger           ? (TOK == 1 ? 2 : 1)
-                                : kFolded          ? 1
-                                : kFree < kInSlice ? kFree
-                                                   : kInSlice;
+  static constexpr int kSlots = kInteger                     ? (TOK == 1 ? 2 : 1)
+                                : kFolded                    ? 1
+                                : kFree / kInSpan < kInSlice ? kFree / kInSpan
+                                                             : kInSlice;
   static constexpr int kFlush = kSizes.flush(), kTokenSums = kSizes.kTokenSums;
   static constexpr int kRooms = kSizes.rooms();
   static constexpr int kWarpSums = kSizes.warp_sums();
@@ -159,13 +160,18 @@ struct MatvecStaging {
 #endif
 #if __CUDA_ARCH__ >= 800
     const int mine = __shfl_sync(0xffffffffu, warp - Shape::kWarps, 0);
-    // By one thread: addresses that differ by lane would be gone through in turn, each time
-    // with a fence (0.2 us).
-    if (mine == 0 && lane == 0) {
+    // By one thread of each warp: addresses that differ by lane would be gone through in turn,
+    // each time with a fence (0.2 us). With 8 rows of x, which take longer to stage than that
+    // saves, by one of all: copies that begin sooner are in the way of x (4-bit 4096x14336,
+    // M = 8: 12.9 us so, 14.0 otherwise; M = 1: 12.6 and 12.4; H200, 2026-11-28).
+    constexpr int kInitialisers = TOK < 8 ? Shape::kCopyWarps : 1;
+    if (lane == 0 && mine < kInitialisers) {
+      const bool one_team = Shape::kMostTeams == 1 || at.teams == 1;
+      const int team_warps = one_team ? Shape::kWarps : Shape::kWarps / Shape::kMostTeams;
 #pragma unroll 1
-      for (int i = 0; i < at.stages; i++) {
+      for (int i = mine; i < at.stages; i += kInitialisers) {
         init_barrier(base + 16 * i, (bulk ? 1 : 32) * Shape::kCopyWarps);
-        init_barrier(base + 16 * i + 8, Shape::kWarps / at.teams * kArrivals);
+        init_barrier(base + 16 * i + 8, team_warps * kArrivals);
       }
 #if __CUDA_ARCH__ >= 900
       publish_barriers();
@@ -287,8 +293,10 @@ struct MatvecStaging {
   }
 #endif
 
-  // x in pieces of 8 elements a lane: kTogether tokens from `token` on, of kBatch slices.
-  static constexpr int kTogether = TOK < 8 ? TOK : 8, kBatch = 8 / kTogether;
+  // x in pieces of 8 elements a lane: kTogether tokens from `token` on, of kBatch slices. Each
+  // slice is text that no cache has yet: with 8 of them 4-bit 4096x4096 takes 6.86 us at M = 1,
+  // with 2 and barriers initialised by four warps 6.37 (H200, 2026-11-28).
+  static constexpr int kTogether = TOK < 8 ? TOK : 8, kBatch = TOK < 8 ? 2 : 1;
   static constexpr int kStride = kSlice * Shape::kWarps;  // from one slice to the next
   // From k on, zero outside.
   __device__ __forceinline__ void load_x(int k, int token,

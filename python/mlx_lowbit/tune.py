@@ -113,6 +113,13 @@ def device_name(device: mx.Device | None = None) -> str:
     return str(mx.device_info(device).get("device_name", device))
 
 
+def build_name() -> str:
+    """Whose kernels were measured: another version's figures say nothing of these."""
+    from . import __version__
+
+    return f"mlx-lowbit {__version__}, {_ext.build}"
+
+
 def path(device: mx.Device | None = None) -> Path:
     """The file of a device."""
     words = "".join(c if c.isalnum() else "-" for c in device_name(device).lower())
@@ -127,7 +134,7 @@ def read(file: Path) -> Measured:
     """
     try:
         document = json.loads(file.read_text())
-        if document["build"] != _ext.build:
+        if document["build"] != build_name():
             return Measured([])
         return Measured([Row(**row) for row in document["rows"]])
     except (OSError, ValueError, KeyError, TypeError):
@@ -140,7 +147,7 @@ def write(rows: Sequence[Row], device: mx.Device | None = None) -> Path:
     document = {
         "device": device_name(device),
         "date": str(datetime.date.today()),
-        "build": _ext.build,
+        "build": build_name(),
         "rows": [row._asdict() for row in rows],
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,11 @@ struct Case {
   ScaleType scale_type;
   std::optional<Dtype> bias;
   bool global_x, global_w;
-  bool specials;  // a NaN in one row of x, an infinity in another
-  bool offset;    // operands begin one element after an aligned address
-  bool in_order;  // pair i is row i of x, by matrix of w
+  bool specials;          // a NaN in one row of x, an infinity in another
+  bool offset;            // operands begin one element after an aligned address
+  bool in_order;          // pair i is row i of x, by matrix of w
+  int x_exponent = 0;     // x is multiplied by 2^x_exponent
+  bool nan_code = false;  // one of w
 
   const FormatInfo& info() const { return kFormats[int(format)]; }
   int64_t stored_rows() const { return transpose ? N : K; }
@@ -37,7 +39,8 @@ struct Case {
            number("N", N) + number("K", K) + number("pairs", pairs) +
            number("scales", int(scale_type)) + number("bias", bias ? int(*bias) : -1) +
            number("global", global_w) + number("specials", specials) +
-           number("offset", offset) + number("in_order", in_order) + number("id", id);
+           number("offset", offset) + number("in_order", in_order) +
+           number("x_exponent", x_exponent) + number("nan_code", nan_code) + number("id", id);
   }
 };
 
@@ -91,7 +94,9 @@ inline Operands make_operands(const Case& c) {
   o.w = random_weights(c.info(), c.scale_type, matrices * c.N * c.K, random);
   const int64_t x_rows = x_matrices * c.M;
   o.x.resize(size_t(x_rows * c.K * ieee(c.dtype).size()));
-  for (int64_t i = 0; i < x_rows * c.K; i++) store_float(o.x, c.dtype, i, random.normal());
+  for (int64_t i = 0; i < x_rows * c.K; i++)
+    store_float(o.x, c.dtype, i, std::ldexp(random.normal(), c.x_exponent));
+  if (c.nan_code) o.w.codes[size_t(random.below(int64_t(o.w.codes.size())))] |= 127;
   if (c.specials) {
     store_float(o.x, c.dtype, random.below(c.K), kInf);
     store_float(o.x, c.dtype, (x_rows - 1) * c.K + random.below(c.K), kNan);
@@ -247,6 +252,21 @@ inline std::vector<Case> product_cases(bool quick) {
         add_shape({70, 72, 160}, nullptr, true);
         for (const GatherShape& g : kGatherShapes) add_shape({g.M, g.N, g.K}, &g, false);
       }
+  for (const FormatInfo& f : kFormats)
+    for (int64_t M : {1, 4, 8, 14}) {
+      const Shape s{M, 40, 288};
+      for (int exponent : {-100, -60, 60, 110}) {
+        if (M > 8 && exponent < -60) continue;  // matmul's weights are 2^32 times too small
+        add(f.format, Dtype::bf16, true, false, s, nullptr, false);
+        cases.back().x_exponent = exponent, cases.back().bias.reset();
+      }
+      // matmul takes codes for finite ones: groups with a NaN have a scale of their own.
+      if (f.affine() || f.bits != 8 || M > 8) continue;
+      for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+        add(f.format, dtype, true, false, s, nullptr, false);
+        cases.back().nan_code = true;
+      }
+    }
   return cases;
 }
 

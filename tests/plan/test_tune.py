@@ -62,7 +62,7 @@ def test_files_are_kept_for_one_device_and_build(cache):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"rows": 3}', '{"build": "%s", "rows": [1]}'])
 def test_damaged_files_are_none(cache, text):
     cache.mkdir()
-    tune.path().write_text(text.replace("%s", _ext.build))
+    tune.path().write_text(text.replace("%s", tune.build_name()))
     assert tune.read(tune.path()).rows == {}
 
 
