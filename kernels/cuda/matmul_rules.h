@@ -45,13 +45,14 @@ inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f},
                                                   {256, 1.25f, 8.0f}};
 
 // Whether matmul is faster than matvec where both can: beyond 8 rows of x, but for e2m1, whose
-// codes matvec decodes in fewer instructions, and beyond 4 of large matrices of 8 bits.
+// codes matvec decodes in fewer instructions, and beyond 4 of large matrices of 8 bits, unless
+// matvec also quantizes x.
 // 4096x14336, M=16, matvec and matmul: 4-bit 23.1 and 17.2, 3-bit 23.3 and 17.6, nvfp4 21.4 and
 // 23.8 us; M=8: 8-bit 22.8 and 20.8, mxfp8 22.2 and 21.1, but 4096x4096 10.9 and 12.2, 10.4 and
 // 12.5 (H200, 2026-11-28).
 inline bool matmul_preferred(const Problem& p) {
   const FormatInfo& f = kFormats[int(p.format)];
-  const bool large = p.N * p.K > int64_t(1) << 25;
+  const bool large = p.N * p.K > int64_t(1) << 25 && !p.quantize_x;
   return (p.M > 8 && (f.affine() || f.bits == 8)) || (p.M > 4 && f.bits == 8 && large);
 }
 

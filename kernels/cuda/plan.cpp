@@ -32,7 +32,7 @@ Plan plan(const Problem& asked, const Device& device) {
   const Problem p = after_quantizing(asked);
   if (p.gather) return gather_plan(p, device);
   const bool matmul = matmul_supports(p, device);
-  if (matvec_supports(p, device) && !(matmul && matmul_preferred(p)))
+  if (matvec_supports(p, device) && !(matmul && matmul_preferred(asked)))
     return matvec_plan(p, device);
   if (matmul) return matmul_plan(p, device);
   return {Plan::Kernel::simt, 0, 0, 0, 0};

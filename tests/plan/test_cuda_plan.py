@@ -32,6 +32,15 @@ def test_few_rows_read_weights_once(fmt, M, tokens, device, K):
     assert (kernel, got) == (MATMUL if wgmma else MATVEC, tokens), words
 
 
+@pytest.mark.parametrize("M", [5, 8])
+def test_large_matrices_of_8_bits_meet_wgmma_sooner(fmt, M):
+    words, kernel, *_ = plan(fmt, M, 14336, 4096)
+    assert kernel == (MATMUL if fmt.bits == 8 else MATVEC), words
+    if fmt.mode in ("mxfp8", "nvfp4"):  # matvec can quantize x itself
+        words, kernel, *_ = plan(fmt, M, 14336, 4096, quantize_x=True)
+        assert kernel == MATVEC, words
+
+
 @pytest.mark.parametrize("M, tokens", [(17, 32), (32, 32), (33, 64), (64, 64)])
 def test_tiles_of_wgmma_are_as_wide_as_x(fmt, M, tokens):
     words, kernel, got, *_ = plan(fmt, M, 14336, 4096)
