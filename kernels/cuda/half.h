@@ -34,6 +34,7 @@ struct Half<bf16> {
   static __device__ __forceinline__ float high(uint32_t pair) {
     return __uint_as_float(pair & 0xffff0000u);
   }
+  // The one or the other, in one instruction.
   static __device__ __forceinline__ float either(uint32_t pair, bool high) {
     return __uint_as_float(__byte_perm(pair, 0, high ? 0x3244 : 0x1044));
   }
