@@ -91,6 +91,7 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
       const auto any_from = [](uint32_t largest, int e) {
         return sync_any<Shape::kWorkers>(kBarrier, largest >= uint32_t(127 + e) << 23);
       };
+      // Once for x of ordinary size, twice where that is not what it turns out to be.
 #pragma unroll 1
       for (int lifts = 1, before = -1; lifts != before;) {
         const uint32_t largest = store_all_x<qx>(lifts);

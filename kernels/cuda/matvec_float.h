@@ -22,9 +22,10 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
   using Codes = LaneCodes<typename F::Code, T, Shape::kJoin>;
   static constexpr int kPlanes = Codes::kPlanes, NT = Shape::kColumnTiles;
   static constexpr int kSlots = Shape::kSlots;
-  // Whether codes are multiplied by 2^kLift, and whether x is staged 2^kXLift times as large.
-  static constexpr bool kLifted = !Shape::kAffine && !Shape::kFolded && H::kWide && TOK >= 8;
-  static constexpr bool kRaised = !Shape::kAffine && !Shape::kFolded && H::kWide && TOK < 8;
+  // bfloat16's codes that no scale meets: whether they are multiplied by 2^kLift, or x is
+  // staged 2^kXLift times as large.
+  static constexpr bool kTiny = !Shape::kAffine && !Shape::kFolded && H::kWide;
+  static constexpr bool kLifted = kTiny && TOK >= 8, kRaised = kTiny && TOK < 8;
   static constexpr int kXLift = 100;
   // What is missing then: of sums of products before e8m0 scales, which may be as small as
   // float32 has them, and of y before it is stored otherwise.
@@ -130,17 +131,15 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
       uint16_t v;
       asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(row + 2 * i));
       s[0] = H::low(v);
+    } else if constexpr (n == 2) {
+      uint16_t both;
+      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(row + i));
+      const float2 two = two_scales<typename F::Scale>(both);
+      s[0] = two.x, s[1] = two.y;
     } else {
-      if constexpr (n == 2) {
-        uint16_t both;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(row + i));
-        const float2 two = two_scales<typename F::Scale>(both);
-        s[0] = two.x, s[1] = two.y;
-      } else {
-        uint32_t v;
-        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i));
-        s[0] = two_scales<typename F::Scale>(v).x;
-      }
+      uint32_t v;
+      asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(row + i));
+      s[0] = two_scales<typename F::Scale>(v).x;
     }
   }
   // nvfp4's scale of this lane's codes of a block, as a pair of elements.

@@ -133,7 +133,8 @@ def experts(rng, fmt, dtype, matrices, N, K):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs(fmt, dtype, family, kind, rng):
     """Experts with no row, with many, and pairs whose indices do not exist."""
-    M, matrices, x_matrices = 1 + 2 * (fmt.id % 2), 5, 4
+    turn = (fmt.id + DTYPES.index(dtype)) % 2
+    M, matrices, x_matrices = 1 + 2 * turn, 5, 4
     N, K = columns(family, fmt, 37), 3 * fmt.group_size
     shape = (K, N) if family == "vecmat" else (N, K)
     parts, w = experts(rng, fmt, dtype, matrices, *shape)
@@ -142,7 +143,7 @@ def test_pairs(fmt, dtype, family, kind, rng):
     rhs = np.array([2, 0, 2, 4, 2, 2, -1, 0, 2, matrices, 2, 2, 4, 2, 2, 2])
     lhs = rng.integers(0, x_matrices, len(rhs))
     lhs[3] = x_matrices
-    tokens = kernels.tiles(family)[fmt.id % 2 % len(kernels.tiles(family))]
+    tokens = kernels.tiles(family)[turn % len(kernels.tiles(family))]
     y, report = kernels.product(
         family, fmt, x, w, tokens, lhs=lhs, rhs=rhs, bias=bias, kind=kind, seed=M
     )
