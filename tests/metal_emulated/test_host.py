@@ -279,6 +279,7 @@ def test_wrong_host_code_of_pairs_and_elements_is_noticed(device, what, rng, mon
     monkeypatch.setattr(oracle, "on_gpu", lambda: True)
     if what is None:
         all_of_nvfp4(device, rng)
+        assert not kernels.fails(lambda: all_of_nvfp4(device, rng))
         return
     before, after = WRONG_ELSEWHERE[what]
     wrong = host.Host(host.build(lambda text: text.replace(before, after)))
