@@ -28,7 +28,9 @@
 // unit has one barrier to wait for and one to arrive at: 190 instructions, 22.5 us. A warp
 // stays at a multiply with operands in registers until the tensor cores are done with them:
 // what is loaded next is asked for before it. 3.7 us pass before the first unit is there, half
-// of them before its copies are asked for, with instructions that no cache has yet.
+// of them before its copies are asked for, with instructions that no cache has yet. To ask for
+// less at first, so that the first scales meet no queue, does not help, and to ask for the
+// first lines from the warps that wait costs 1 us (2026-11-29).
 #pragma once
 
 #include "kernels.h"
@@ -53,10 +55,10 @@ struct MatmulArgs {
   int M, N, K;
   // Tiles: `share` * 128 rows, kTokens tokens; see each_tile. token_tiles: gathered, at most.
   int row_groups, token_tiles, panel;
-  int share, split;
-  int x_bytes;      // of x that a block gets for 64 k
-  int units, part;  // of 128 k: of K, and of each part (even)
-  int out_tokens;   // that leave at once: kOutTokens, or 16 of a split tile
+  int share, split;  // share: 1 or 2
+  int x_bytes;       // of x that a block gets for 64 k
+  int units, part;   // of 128 k: of K, and of each part (even)
+  int out_tokens;    // that leave at once: kOutTokens, or 16 of a split tile
   MatmulGather gather;
 };
 
@@ -157,11 +159,18 @@ struct MatmulBlock {
 
   const MatmulArgs& a;
   uint32_t base;
+  // No divisions but where there are several tiles of tokens: for the warps that copy, who then
+  // ask for the first units 900 cycles sooner (4-bit, M=16: 4096x4096 10.1 us for 10.7,
+  // 4096x14336 16.6 for 17.0; H200, 2026-11-29). With numbers that are quickly had the compiler
+  // has the loops that multiply compute them again in every unit, 20 of 200 instructions.
+  bool quick;
   int share_rank, part, first_unit, last_unit;
 
-  __device__ MatmulBlock(const MatmulArgs& a, uint32_t base) : a(a), base(base) {
+  __device__ MatmulBlock(const MatmulArgs& a, uint32_t base, bool quick)
+      : a(a), base(base), quick(quick) {
     const int rank = int(cluster_rank());
-    share_rank = rank % a.share, part = rank / a.share;
+    share_rank = quick ? rank & (a.share - 1) : rank % a.share;
+    part = quick ? rank >> (a.share - 1) : rank / a.share;
     first_unit = min(part * a.part, a.units), last_unit = min(first_unit + a.part, a.units);
   }
 
@@ -216,16 +225,21 @@ struct MatmulBlock {
   // token, or, gathered, the place in the list.
   template <class Body>
   __device__ __forceinline__ void each_tile(Body body) const {
-    const int size = a.share * a.split, clusters = int(gridDim.x) / size;
+    const int size = a.share * a.split;
+    const int cluster = quick ? int(cluster_id()) : int(blockIdx.x) / size;
+    const int clusters = quick ? int(cluster_count()) : int(gridDim.x) / size;
     const int whole = a.row_groups * a.panel;
     const int most = a.row_groups * a.token_tiles;
     const auto token_tiles = [&] { return kGather ? Tile::count(a.gather) : a.token_tiles; };
     const auto tiles = [&] { return kGather ? a.row_groups * token_tiles() : most; };
-    for (int t = int(blockIdx.x) / size; t < tiles(); t += clusters) {
-      const int first = t / whole * a.panel, within = t % whole;
-      const int width = min(a.panel, token_tiles() - first);
-      body((within / width * a.share + share_rank) * Shape::kRows,
-           (first + within % width) * (kGather ? 1 : kTokens));
+    for (int t = cluster; t < tiles(); t += clusters) {
+      int row = t, place = 0;
+      if (kGather || !quick || a.token_tiles > 1) {
+        const int first = t / whole * a.panel, within = t % whole;
+        const int width = min(a.panel, token_tiles() - first);
+        row = within / width, place = (first + within % width) * (kGather ? 1 : kTokens);
+      }
+      body((row * a.share + share_rank) * Shape::kRows, place);
     }
   }
 
@@ -238,9 +252,8 @@ struct MatmulBlock {
       for (int i = 0; i < Shape::kXCopies; i++)
         load_tile(to + i * kOne * 128, map, k, token0 + i * kOne, bar);
     } else {
-      const int tokens = kTokens / a.share * share_rank;
-      load_tile(to + tokens * 128, map, k, token0 + tokens, bar,
-                uint16_t(((1 << a.share) - 1) << (part * a.share)));
+      const int tokens = kTokens / 2 * share_rank;
+      load_tile(to + tokens * 128, map, k, token0 + tokens, bar, uint16_t(3 << 2 * part));
     }
   }
   __device__ __forceinline__ const CUtensorMap& x_map() const {
@@ -323,11 +336,6 @@ struct MatmulBlock {
     __syncwarp();
     constexpr int kRowBytes = Shape::kEntryRow, kGroups = 128 / F::kGroup;  // of a unit
     const uint32_t table = base + Shape::kTableAt;
-    if constexpr (!Shape::kAffine) {
-      for (int i = warp * 32 + lane; i < 256; i += 64)
-        store_shared(table + 4 * i, Decode::entry(uint32_t(i)));
-      sync_threads<64>(9);
-    }
     each_tile([&](int row0, int place) {
       const Tile tile(a.gather, row0, place);
       const int64_t before = int64_t(tile.first_row(a.N)) * a.scale_row;
@@ -350,7 +358,14 @@ struct MatmulBlock {
         }
       };
       if (first_unit < last_unit) load(first_unit);
-      if (!started) start(kScales), started = true;
+      if (!started) {  // while the first scales are on their way
+        if constexpr (!Shape::kAffine) {
+          for (int i = warp * 32 + lane; i < 256; i += 64)
+            store_shared(table + 4 * i, Decode::entry(uint32_t(i)));
+          sync_threads<64>(9);
+        }
+        start(kScales), started = true;
+      }
       // Whole lines into the L2 cache, ahead of the loads to come.
       for (int at = first_unit * kUnit + 128; at < min(last_unit * kUnit, a.scale_row);
            at += 128)

@@ -217,11 +217,11 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   const int lane = int(threadIdx.x) % 32;
   using Writer = MatmulWriter<F, T, kTokens, kGather>;
-  const typename Writer::Block block(a, base);
   constexpr int kCopy = 4 * Shape::kGroups;  // the first warp that copies
   // Registers a thread: 3 * 168 = 2 * 224 + 56, 5 * 96 = 4 * 104 + 64.
   if (warp >= kCopy) {
     using Block = typename Writer::Block;
+    const Block block(a, base, true);
     if (warp == kCopy) {
       if (lane == 0) {
         prefetch_map(a.codes), prefetch_map(block.x_map());
@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     __syncwarp();
     if (!kGather && a.split > 1) cluster_sync();
   } else {
+    const typename Writer::Block block(a, base, false);
     block.start(Writer::kMultiplies);
     claim_registers<Shape::kGroups == 2 ? 224 : 104>();
     Writer group(block, warp, lane);

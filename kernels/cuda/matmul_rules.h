@@ -34,15 +34,27 @@ constexpr int64_t clusters_at_once(int processors, int blocks) {
 // 49.2; 4096x4096 M=64: 64, 3: 12.9; M=128: 64, 2: 15.8; M=256: 128, 2: 19; 2026-11-23:
 // 4096x14336 M=16: 16, 1: 18.4; M=32: 32, 1: 19.4; 4096x4096 M=16: 16, 3: 10.7; M=32: 32, 3:
 // 11.1).
+//
+// A last round may leave multiprocessors idle: 20 of 132 beside the 112 tiles of N = 14336.
+// That they take units of the others' tiles and hand over their sums through memory, in a fixed
+// order, was tried and is slower: a piece of K costs its helper 3300 cycles beyond its units
+// (with 64 tokens; 6500 with 256, of which 4000 are 128 KB that leave at 32 bytes a cycle), and
+// the tile's own block 1000 (3800) to add it, where 4 of 32 units, which is all that 6 pieces a
+// helper can save, are 3400 (9600): 28.1 us with 2 units for 22.0 without help, 59.6 for 56
+// (4-bit 4096x14336, M=64 and 256; H200, 2026-11-29).
+//
+// With x shared by two blocks a unit takes `shared` times as long (4-bit 4096x14336, not shared
+// and shared: M=64 21.4 and 22.6, M=128 32.3 and 32.4, M=256 54.7 and 54.1, M=2048 394 and 383;
+// mxfp8 M=2048 396 and 391; H200, 2026-11-29).
 struct MatmulTiling {
   int tokens;
-  float unit, tile;
+  float unit, tile, shared;
 };
-inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f},
-                                                  {32, 0.48f, 3.3f},
-                                                  {64, 0.52f, 4.9f},
-                                                  {128, 0.75f, 5.2f},
-                                                  {256, 1.25f, 8.0f}};
+inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f, 1.07f},
+                                                  {32, 0.48f, 3.3f, 1.07f},
+                                                  {64, 0.52f, 4.9f, 1.07f},
+                                                  {128, 0.75f, 5.2f, 1.0f},
+                                                  {256, 1.25f, 8.0f, 0.98f}};
 
 // Whether matmul is faster than matvec where both can: beyond 8 rows of x, but for e2m1, whose
 // codes matvec decodes in fewer instructions, and beyond 4 of large matrices of 8 bits, unless
@@ -67,9 +79,8 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
         if (split > 1 && part * (split - 1) >= units) continue;
         const int64_t tiles = up(p.N, 128 * share) * up(p.M, t.tokens);
         const int64_t rounds = up(tiles, clusters_at_once(device.processors, share * split));
-        // Sharing x spares the L2 cache, and ties two blocks together: 27.3 for 22.5 us at
-        // M=64.
-        const float unit = t.unit * (share == 2 && t.tokens <= 64 ? 1.25f : 1.0f);
+        // Sharing x spares the L2 cache, and ties two blocks together.
+        const float unit = t.unit * (share == 2 ? t.shared : 1.0f);
         const float time = float(rounds) * (float(split > 1 ? part : units) * unit + 1.0f) +
                            t.tile + (split > 1 ? 1.0f : 0.0f) + (share == 2 ? 0.1f : 0.0f);
         if (least != 0.0f && time >= least) continue;
