@@ -37,15 +37,17 @@ constexpr int64_t clusters_at_once(int processors, int blocks) {
 //
 // A last round may leave multiprocessors idle: 20 of 132 beside the 112 tiles of N = 14336.
 // That they take units of the others' tiles and hand over their sums through memory, in a fixed
-// order, was tried and is slower: a piece of K costs its helper 3300 cycles beyond its units
-// (with 64 tokens; 6500 with 256, of which 4000 are 128 KB that leave at 32 bytes a cycle), and
-// the tile's own block 1000 (3800) to add it, where 4 of 32 units, which is all that 6 pieces a
-// helper can save, are 3400 (9600): 28.1 us with 2 units for 22.0 without help, 59.6 for 56
-// (4-bit 4096x14336, M=64 and 256; H200, 2026-11-29).
+// order, was tried and is slower: 4-bit 4096x14336, M=64: 28.1 us with the last 2 of 32 units
+// by helpers, 34.9 with 4, 21.7 without help; M=16 25.5 with 4, 17.0 without; M=256 59.6 with
+// 2, 54.9 without. A helper has up to 6 pieces, and each costs it 3300 cycles beyond its units
+// with 64 tokens, 6500 with 256 (128 KB of sums leave a multiprocessor at some 30 bytes a
+// cycle), and the tile's own block 1400 (3000) to add, where 4 units are 3400 (9600). A third
+// of the 3300 waits for the sums to be seen, a third were avoidable divisions: with the rest
+// alone it would be even. (H200, 2026-11-29.)
 //
 // With x shared by two blocks a unit takes `shared` times as long (4-bit 4096x14336, not shared
 // and shared: M=64 21.4 and 22.6, M=128 32.3 and 32.4, M=256 54.7 and 54.1, M=2048 394 and 383;
-// mxfp8 M=2048 396 and 391; H200, 2026-11-29).
+// mxfp8 M=2048 396 and 391; 14336x4096 M=2048 394 and 377; H200, 2026-11-29).
 struct MatmulTiling {
   int tokens;
   float unit, tile, shared;
@@ -79,8 +81,10 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
         if (split > 1 && part * (split - 1) >= units) continue;
         const int64_t tiles = up(p.N, 128 * share) * up(p.M, t.tokens);
         const int64_t rounds = up(tiles, clusters_at_once(device.processors, share * split));
-        // Sharing x spares the L2 cache, and ties two blocks together.
-        const float unit = t.unit * (share == 2 ? t.shared : 1.0f);
+        // Sharing x spares the L2 cache, and ties two blocks together. Each copies half of a
+        // tile's tokens, filled up: M=140 54.9 us where 51.8 without, M=200 52.0 and 53.8.
+        const float shared = 4 * p.M > 3 * t.tokens ? t.shared : 1.07f;
+        const float unit = t.unit * (share == 2 ? shared : 1.0f);
         const float time = float(rounds) * (float(split > 1 ? part : units) * unit + 1.0f) +
                            t.tile + (split > 1 ? 1.0f : 0.0f) + (share == 2 ? 0.1f : 0.0f);
         if (least != 0.0f && time >= least) continue;

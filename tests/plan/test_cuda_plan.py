@@ -47,6 +47,12 @@ def test_tiles_of_wgmma_are_as_wide_as_x(fmt, M, tokens):
     assert (kernel, got) == (MATMUL, tokens), words
 
 
+@pytest.mark.parametrize("M, rows", [(64, 128), (140, 128), (200, 256), (256, 256), (2048, 256)])
+def test_blocks_share_the_tokens_of_large_tiles(fmt, M, rows):
+    words, kernel, tokens, got, *_ = plan(fmt, M, 14336, 4096)
+    assert (kernel, tokens, got) == (MATMUL, 64 if M == 64 else 256, rows), words
+
+
 def test_many_rows_on_hopper_use_wgmma(fmt):
     words, kernel, *_ = plan(fmt, 2048, 14336, 4096)
     assert kernel == MATMUL and "wgmma" in words
