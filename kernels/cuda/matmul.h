@@ -159,8 +159,8 @@ struct MatmulBlock {
 
   const MatmulArgs& a;
   uint32_t base;
-  // No divisions but where there are several tiles of tokens: for the warps that copy, who then
-  // ask for the first units 900 cycles sooner (4-bit, M=16: 4096x4096 10.1 us for 10.7,
+  // No divisions but where there are several tiles of tokens: for the warps that copy, whose
+  // first copies those held up by up to 900 cycles (4-bit, M=16: 4096x4096 10.1 us for 10.7,
   // 4096x14336 16.6 for 17.0; H200, 2026-11-29). With numbers that are quickly had the compiler
   // has the loops that multiply compute them again in every unit, 20 of 200 instructions.
   bool quick;
