@@ -63,10 +63,14 @@ inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f, 1.07f},
 // matvec also quantizes x.
 // 4096x14336, M=16, matvec and matmul: 4-bit 23.1 and 17.2, 3-bit 23.3 and 17.6, nvfp4 21.4 and
 // 23.8 us; M=8: 8-bit 22.8 and 20.8, mxfp8 22.2 and 21.1, but 4096x4096 10.9 and 12.2, 10.4 and
-// 12.5 (H200, 2026-11-28).
+// 12.5 (H200, 2026-11-28). Few rows of W make few tiles of 128: 4096x1024, matmul and matvec,
+// M = 9 and 16: 4-bit 9.7 and 7.9, 9.7 and 8.8; 3-bit 9.8 and 9.2, 9.9 and 10.0; 8-bit 10.0 and
+// 8.9, 10.1 and 10.0; mxfp8 10.8 and 8.1, 10.8 and 9.1; but 4096x2048 M = 16 8-bit 10.4
+// and 11.2 (H200, 2026-11-29).
 inline bool matmul_preferred(const Problem& p) {
   const FormatInfo& f = kFormats[int(p.format)];
   const bool large = p.N * p.K > int64_t(1) << 25 && !p.quantize_x;
+  if (p.N <= 1024 && p.K <= 4096 && p.M <= 16) return false;
   return (p.M > 8 && (f.affine() || f.bits == 8)) || (p.M > 4 && f.bits == 8 && large);
 }
 

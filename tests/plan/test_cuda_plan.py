@@ -41,6 +41,13 @@ def test_large_matrices_of_8_bits_meet_wgmma_sooner(fmt, M):
         assert kernel == MATVEC, words
 
 
+@pytest.mark.parametrize("N, kernel", [(1024, MATVEC), (2048, MATMUL)])
+def test_few_rows_of_weights_make_too_few_tiles_of_wgmma(fmt, N, kernel):
+    words, got, *_ = plan(fmt, 16, N, 4096)
+    e2m1 = fmt.mode != "affine" and fmt.bits == 4
+    assert got == (MATVEC if e2m1 else kernel), words
+
+
 @pytest.mark.parametrize("M, tokens", [(17, 32), (32, 32), (33, 64), (64, 64)])
 def test_tiles_of_wgmma_are_as_wide_as_x(fmt, M, tokens):
     words, kernel, got, *_ = plan(fmt, M, 14336, 4096)
