@@ -5,6 +5,7 @@
 
 #include "matmul_extreme.cuh"
 #include "matmul_group.cuh"
+#include "matmul_scales.cuh"
 
 namespace lowbit::cuda {
 
@@ -237,7 +238,8 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       prefetch_map(a.y);
       if constexpr (Shape::kApart) block.copy_apart();
     }
-    if (warp >= kCopy + 2) block.copy_scales(warp - kCopy - 2, lane);
+    if (warp >= kCopy + 2)
+      MatmulScales<F, T, kTokens, kGather>(block).copy_scales(warp - kCopy - 2, lane);
     __syncwarp();
     if (!kGather && a.split > 1) cluster_sync();
   } else {

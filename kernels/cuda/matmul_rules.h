@@ -70,8 +70,9 @@ inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f, 1.07f},
 inline bool matmul_preferred(const Problem& p) {
   const FormatInfo& f = kFormats[int(p.format)];
   const bool large = p.N * p.K > int64_t(1) << 25 && !p.quantize_x;
-  if (p.N <= 1024 && p.K <= 4096 && p.M <= 16) return false;
-  return (p.M > 8 && (f.affine() || f.bits == 8)) || (p.M > 4 && f.bits == 8 && large);
+  const bool few_tiles = p.N <= 1024 && p.K <= 4096;
+  const bool many = p.M > 8 && (f.affine() || f.bits == 8);
+  return !few_tiles && (many || (p.M > 4 && f.bits == 8 && large));
 }
 
 inline Plan matmul_plan(const Problem& p, const Device& device) {
@@ -133,6 +134,8 @@ inline Plan gather_matmul_plan(const Problem& p, const Device& device, int64_t r
       const float token_tiles = float(hit) * (expected < 1.0f ? 1.0f : expected);
       const float rounds = float(up(p.N, 128 * share)) * token_tiles /
                            float(clusters_at_once(device.processors, share));
+      // As for products of one matrix before shared x was copied without divisions; with
+      // gathered tiles `shared` has not been measured.
       const float unit = t.unit * (share == 2 && t.tokens <= 64 ? 1.25f : 1.0f);
       const float time = (rounds < 0.5f ? 1.0f : rounds + 0.5f) * (units * unit + 1.0f) +
                          t.tile + (share == 2 ? 0.1f : 0.0f);

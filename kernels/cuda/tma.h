@@ -49,6 +49,15 @@ inline CUtensorMap tensor_map(const void* base, int size, int64_t rows, int64_t 
 
 #if LOWBIT_HOPPER
 
+// Where a tile swizzled by rows of `row_bytes` has 16-byte chunk i of a row: at chunk i ^ turn,
+// which for other rows of bytes is i. The same 8 rows on.
+__device__ __forceinline__ int turn_of(int row, int row_bytes) {
+  return row_bytes == 128  ? row % 8
+         : row_bytes == 64 ? row / 2 % 4
+         : row_bytes == 32 ? row / 4 % 2
+                           : 0;
+}
+
 // The tile whose first element is (row, column), to `to` of this block, or of the blocks of the
 // cluster in `blocks` (bits by rank). Completes on `bar`, of each of them.
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, int column,

@@ -14,8 +14,13 @@ from . import _ext, _load, backend, selftest, tune
 from .formats import FORMATS
 
 PACKAGES = (
-    *("mlx-lowbit", "mlx", "mlx-metal", "mlx-cuda-13", "mlx-cuda-12"),
-    *("nanobind-backend", "mlx-lm"),
+    "mlx-lowbit",
+    "mlx",
+    "mlx-metal",
+    "mlx-cuda-13",
+    "mlx-cuda-12",
+    "nanobind-backend",
+    "mlx-lm",
 )
 
 

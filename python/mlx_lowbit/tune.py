@@ -36,9 +36,6 @@ MARGIN, NEAR = 0.97, (1.0, 3.0)
 # Weights of one turn, so that caches do not hold them, and the seconds after which larger
 # problems of a series are left out.
 TURN_BYTES, PATIENCE = 256 << 20, 0.5
-# Relative error beyond which a product of ours is wrong, whatever its dtype. A kernel that has
-# lost a row or a barrier is off by far more.
-BOUND = 2.0**-6
 
 
 class Row(NamedTuple):
@@ -198,7 +195,7 @@ def _series(
         try:
             set_backend("lowbit")
             error = error_of(x, product(weights[0]))
-            if not error <= BOUND:
+            if not error <= selftest.product_bound(dtype, K):
                 yield Failed(*case, f"wrong, relative error {error:.2g}")
                 continue
             ours, mlx = _turns(product, weights)

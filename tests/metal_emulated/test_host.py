@@ -93,6 +93,22 @@ def pairs_of(rng, fmt, count, M, matrices, N, dtype=mx.float16):
     return x, w, lhs.astype(np.int64), rhs.astype(np.int64), bias
 
 
+def assert_pairs(y, fmt, x, w, lhs, rhs, bias=None, quantize_x=False, **options):
+    """y[i] is x[lhs[i]] times w[rhs[i]], and NaN where there is no such w."""
+    named = {("global_scale_w" if k == "global_scale" else k): v for k, v in options.items()}
+    for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
+        if b < 0:
+            assert np.isnan(y[i].astype(np.float32)).all()
+            continue
+        one = oracle.Weight(*(None if p is None else p[b] for p in w))
+        of_one = None if bias is None else bias[b]
+        if quantize_x:
+            want = oracle.qqmm(fmt, x[a], one, bias=of_one, **named)
+        else:
+            want = oracle.quantized_matmul(fmt, x[a], one, bias=of_one, **options)
+        oracle.assert_close(oracle.to_mlx(y[i]), want, x.shape[-1])
+
+
 @pytest.mark.parametrize(
     "count, M, ran", [(5, 1, ["matvec"]), (24, 2, ["group", "matmul"]), (3, 9, ["matvec"])]
 )
@@ -101,13 +117,7 @@ def test_pairs(device, some_fmt, count, M, ran, rng):
     x, w, lhs, rhs, bias = pairs_of(rng, fmt, count, M, 4 if count > 5 else 40, 41)
     y = device.product(fmt, x, w, lhs=lhs, rhs=rhs, bias=bias)
     assert entries(device) == ran
-    for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
-        if b < 0:
-            assert np.isnan(y[i].astype(np.float32)).all()
-            continue
-        one = oracle.Weight(*(None if p is None else p[b] for p in w))
-        want = oracle.quantized_matmul(fmt, x[a], one, bias=bias[b])
-        oracle.assert_close(oracle.to_mlx(y[i]), want, x.shape[-1])
+    assert_pairs(y, fmt, x, w, lhs, rhs, bias)
 
 
 @pytest.mark.parametrize("some_fmt", FORMATS[2:], indirect=True, ids=lambda f: f.name)
@@ -123,13 +133,7 @@ def test_pairs_of_quantized_activations(device, some_fmt, count, ran, dtype, rng
         scales = {"global_scale_x": most, "global_scale": 1000.0}
     y = device.product(fmt, x, w, quantize_x=True, lhs=lhs, rhs=rhs, **scales)
     assert [entry for entry in entries(device) if entry != "group"] == ["round", ran]
-    named = {("global_scale_w" if k == "global_scale" else k): v for k, v in scales.items()}
-    for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
-        if b < 0:
-            assert np.isnan(y[i].astype(np.float32)).all()
-            continue
-        one = oracle.Weight(*(None if p is None else p[b] for p in w))
-        oracle.assert_close(oracle.to_mlx(y[i]), oracle.qqmm(fmt, x[a], one, **named), x.shape[-1])
+    assert_pairs(y, fmt, x, w, lhs, rhs, quantize_x=True, **scales)
 
 
 def test_pairs_of_columns(device, some_fmt, rng):
@@ -140,10 +144,7 @@ def test_pairs_of_columns(device, some_fmt, rng):
     w = strategies.random_weight(rng, fmt, 50, N, mx.float16, (4,))
     lhs, rhs = np.array([0, 2, 1]), np.array([3, 3, 0])
     y = device.product(fmt, x, w, transpose=False, lhs=lhs, rhs=rhs)
-    for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
-        one = oracle.Weight(*(None if p is None else p[b] for p in w))
-        want = oracle.quantized_matmul(fmt, x[a], one, transpose=False)
-        oracle.assert_close(oracle.to_mlx(y[i]), want, 50)
+    assert_pairs(y, fmt, x, w, lhs, rhs, transpose=False)
     assert entries(device) == ["vecmat"]
 
 
@@ -237,17 +238,7 @@ def all_of_nvfp4(device, rng):
         if quantize_x:
             scales["global_scale_x"] = float(np.abs(x.astype(np.float32)).max())
         y = device.product(fmt, x, w, quantize_x=quantize_x, lhs=lhs, rhs=rhs, bias=bias, **scales)
-        for i, (a, b) in enumerate(zip(lhs, rhs, strict=True)):
-            if b < 0:
-                assert np.isnan(y[i].astype(np.float32)).all()
-                continue
-            one = oracle.Weight(*(None if p is None else p[b] for p in w))
-            if quantize_x:
-                named = {"global_scale_x": scales["global_scale_x"], "global_scale_w": 900.0}
-                want = oracle.qqmm(fmt, x[a], one, bias=bias[b], **named)
-            else:
-                want = oracle.quantized_matmul(fmt, x[a], one, bias=bias[b], **scales)
-            oracle.assert_close(oracle.to_mlx(y[i]), want, x.shape[-1])
+        assert_pairs(y, fmt, x, w, lhs, rhs, bias, quantize_x, **scales)
     values = strategies.activations(rng, (40, 96), mx.float16)
     got, want = device.quantize(fmt, values, 9.0), oracle.encode(fmt, values, 9.0)
     np.testing.assert_array_equal(got.words, want.words)
