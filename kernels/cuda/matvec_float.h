@@ -1,12 +1,17 @@
-// matvec with floats: codes become pairs of x's type (load.h), and groups' scales are applied
-// to float32 sums of products, or, of nvfp4 from 8 tokens on, to the codes.
+// matvec with floats: codes become pairs of a 16-bit type (load.h), and groups' scales are
+// applied to float32 sums of products, or, of nvfp4 from 8 tokens on, to the codes.
 //
-// e2m1 and e4m3 codes are moved to where T has its exponent and mantissa, which makes them
-// 2^kLift times too small. Most stay so: sums are multiplied by what is missing. In bfloat16,
-// where that is 2^-126 or 2^-120, x is staged 2^100 times as large, so that no product is lost
-// to float32's range; x that does not fit that is staged again, as it is or 2^200 times as
-// large, and y is corrected. From 8 tokens on, where x takes longer to stage, codes are
-// multiplied.
+// e4m3 codes become float16, exactly, an instruction for two where as bfloat16 each pair takes
+// three and a test for NaN (mxfp8 4096x14336, M = 1: 20.0 us as bfloat16, 18.1 so; H200,
+// 2026-11-29). bfloat16 x then is staged as float16 too, each group times a power of two that
+// brings its largest to [2^14, 2^15): exact but for what is below 2^-39 of that. The power's
+// inverse, the group's unit, waits beside x and meets sums before scales do.
+//
+// e2m1 codes are moved to where T has its exponent and mantissa, which makes them 2^kLift times
+// too small. Most stay so: sums are multiplied by what is missing. In bfloat16, where that is
+// 2^-126, x is staged 2^100 times as large, so that no product is lost to float32's range; x
+// that does not fit that is staged again, as it is or 2^200 times as large, and y is corrected.
+// From 8 tokens on, where x takes longer to stage, codes are multiplied.
 #pragma once
 
 #include "matvec_staging.h"
@@ -19,14 +24,18 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
   using Base::base, Base::warp, Base::lane, Base::g, Base::c, Base::at, Base::k0, Base::shared;
   using Base::lane_at, Base::kTogether, Base::block_at, Base::taker, Base::load_words;
   using typename Base::H, typename Base::Shape, typename Base::Slice;
-  using Codes = LaneCodes<typename F::Code, T, Shape::kJoin>;
+  // What codes become, and x with them.
+  using E = std::conditional_t<Shape::kE4m3, f16, T>;
+  using HE = Half<E>;
+  using Codes = LaneCodes<typename F::Code, E, Shape::kJoin>;
   static constexpr int kPlanes = Codes::kPlanes, NT = Shape::kColumnTiles;
   static constexpr int kSlots = Shape::kSlots;
   // bfloat16's codes that no scale meets: whether they are multiplied by 2^kLift, or x is
   // staged 2^kXLift times as large.
-  static constexpr bool kTiny = !Shape::kAffine && !Shape::kFolded && H::kWide;
+  static constexpr bool kTiny = !Shape::kAffine && !Shape::kFolded && HE::kWide;
   static constexpr bool kLifted = kTiny && TOK >= 8, kRaised = kTiny && TOK < 8;
   static constexpr int kXLift = 100;
+  static constexpr bool kUnits = !std::is_same_v<E, T>;
   // What is missing then: of sums of products before e8m0 scales, which may be as small as
   // float32 has them, and of y before it is stored otherwise.
   static constexpr float kMissing =
@@ -63,17 +72,23 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
     return H::power(yes ? kXLift : 0) * 0x10001u;
   }
   // Puts a slice into fragment order, [block of 32][token][lane of the quad][8], and beside it
-  // of each group and token what takes the codes' offset out of a sum of products, and the sum
-  // of x, both times 2^kTop. lifts: kRaised, how often x is multiplied by 2^kXLift.
+  // of each group and token its unit (kUnits), or what takes the codes' offset out of a sum of
+  // products, and the sum of x, both times 2^kTop. lifts: kRaised, how often x is multiplied by
+  // 2^kXLift.
   __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether],
                                           int lifts, uint32_t& largest) const {
-    auto* about =
-        reinterpret_cast<float2*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
+    const int group = (k - k0) / Shape::kGroup * TOK + token;
+    [[maybe_unused]] auto* about = reinterpret_cast<float2*>(shared + at.x_sums) + group;
     auto* x =
         reinterpret_cast<uint4*>(shared + at.x) + (block_at(k) * TOK + token) * 4 + taker();
 #pragma unroll
     for (int t = 0; t < kTogether; t++) {
-      const uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
+      uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
+      if constexpr (kUnits) {
+        const float unit = to_half(v, largest);
+        if (lane % (Shape::kGroup / 8) == 0)
+          reinterpret_cast<float*>(shared + at.x_sums)[group + t] = unit;
+      }
       uint32_t out[4];
       put_in_order(v, out);
       float sum = 0.0f, lifted = 0.0f;
@@ -106,6 +121,28 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
       }
       x[t * 4] = make_uint4(out[0], out[1], out[2], out[3]);
     }
+  }
+
+  // Eight elements of a group that is spread over lanes, as float16; returns the group's unit.
+  static __device__ __forceinline__ float to_half(uint32_t (&v)[4], uint32_t& largest) {
+    float f[8];
+    uint32_t top = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      f[i] = i % 2 ? H::high(v[i / 2]) : H::low(v[i / 2]);
+      top = max(top, __float_as_uint(fabsf(f[i])));  // bits: NaN is largest
+    }
+#pragma unroll
+    for (int other = 1; other < Shape::kGroup / 8; other *= 2)
+      top = max(top, __shfl_xor_sync(0xffffffffu, top, other));
+    largest = max(largest, top);
+    // 2^(14 - e) for a largest in [2^e, 2^(e + 1)). Where the inverse is no float, x is below
+    // 2^-112 and keeps fewer bits.
+    const int e = max(int(top >> 23), 15);
+    const float power = __int_as_float((268 - e) << 23);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = HE::pack(f[2 * i] * power, f[2 * i + 1] * power);
+    return __int_as_float((e - 14 + Codes::kLift) << 23);
   }
 
   // nvfp4: scales as pairs of T.
@@ -182,6 +219,15 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
           offset[nt] = {__uint_as_float(v.x), __uint_as_float(v.z)};
         }
       }
+      float2 unit[NT];
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) {
+        unit[nt] = {kSumUnit, kSumUnit};
+        if constexpr (kUnits) {
+          const uint2 v = load_shared2(slice.x_sums + (first * TOK + nt * 8) * 4);
+          unit[nt] = {__uint_as_float(v.x), __uint_as_float(v.y)};
+        }
+      }
 #pragma unroll
       for (int slot = 0; slot < kSlots; slot++) {
         if (!whole && first + slot >= spans) break;
@@ -222,10 +268,10 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
               for (int plane = 0; plane < kPlanes; plane++) {
                 float(&into)[4] = *(Shape::kFolded ? &y[nt] : &sum[nt][plane]);
                 const auto& p = pairs;
-                H::mma(into, {p[0][plane][0], p[1][plane][0], p[0][plane][1], p[1][plane][1]},
-                       xb.x, xb.y);
-                H::mma(into, {p[0][plane][2], p[1][plane][2], p[0][plane][3], p[1][plane][3]},
-                       xb.z, xb.w);
+                HE::mma(into, {p[0][plane][0], p[1][plane][0], p[0][plane][1], p[1][plane][1]},
+                        xb.x, xb.y);
+                HE::mma(into, {p[0][plane][2], p[1][plane][2], p[0][plane][3], p[1][plane][3]},
+                        xb.z, xb.w);
               }
             }
           }
@@ -239,7 +285,7 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
           s[r][0] = first % 2 ? H::high(sv) : H::low(sv);
           b[r][0] = first % 2 ? H::high(bv) : H::low(bv);
         }
-        apply<whole>(sum, x_sum, offset, s, b, first, spans, y);
+        apply<whole>(sum, unit, x_sum, offset, s, b, first, spans, y);
       } else if constexpr (!Shape::kFolded) {
         constexpr int kDistinct = TOK == 1 ? 2 : 1;  // groups of this lane's two columns
         const int group = first * kInSpan + 2 * c / TOK % (kSlots * kInSpan);
@@ -249,7 +295,7 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
           load_scales(slice.scales[r], group, s[r]);
           if constexpr (Shape::kAffine) load_scales(slice.biases[r], group, b[r]);
         }
-        apply<whole>(sum, x_sum, offset, s, b, group, spans * kInSpan, y);
+        apply<whole>(sum, unit, x_sum, offset, s, b, group, spans * kInSpan, y);
       }
     }
     if constexpr (Codes::kNan)
@@ -269,14 +315,15 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
     }
   }
 
-  // y += scale * (sum + offset) + bias * (sum of x), each column with its group's: `group` or,
-  // when there are two scales, the next. (Columns of no slot are left out when columns are
-  // summed.)
+  // y += scale * (unit * sum + offset) + bias * (sum of x), each column with its group's:
+  // `group` or, when there are two scales, the next. (Columns of no slot are left out when
+  // columns are summed.)
   template <bool whole, int n>
   __device__ __forceinline__ void apply(const float (&sum)[NT][kPlanes][4],
-                                        const float2 (&x_sum)[NT], const float2 (&offset)[NT],
-                                        float (&s)[2][n], float (&b)[2][n], int group,
-                                        int groups, float (&y)[NT][4]) const {
+                                        const float2 (&unit)[NT], const float2 (&x_sum)[NT],
+                                        const float2 (&offset)[NT], float (&s)[2][n],
+                                        float (&b)[2][n], int group, int groups,
+                                        float (&y)[NT][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       if constexpr (!whole)
@@ -289,7 +336,7 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
         for (int i = 0; i < 2; i++) {
           float code = sum[nt][0][2 * r + i];
           if constexpr (kPlanes == 2) code = fmaf(16.0f, sum[nt][1][2 * r + i], code);
-          if constexpr (kSumUnit != 1.0f) code *= kSumUnit;
+          if constexpr (kUnits || kSumUnit != 1.0f) code *= i ? unit[nt].y : unit[nt].x;
           if constexpr (Shape::kAffine) code += i ? offset[nt].y : offset[nt].x;
           float& into = y[nt][2 * r + i];
           into = fmaf(s[r][i % n], code, into);
@@ -306,7 +353,8 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
   }
   __device__ uint32_t sums_at(int k) const {
     return base + at.x_sums +
-           (uint32_t(k - k0) / Shape::kGroup * TOK + 2 * c % (kSlots * TOK)) * 8;
+           (uint32_t(k - k0) / Shape::kGroup * TOK + 2 * c % (kSlots * TOK)) *
+               (Shape::kE4m3 ? 4 : 8);
   }
 
   // The sum over a token's columns: of a lane, then of lanes of the quad.

@@ -29,8 +29,10 @@ struct MatvecSizes {
   // The warps that multiply form teams, which take tiles in turn: a team's sums of y wait for
   // its own warps alone, while the others multiply. 1, 2 and 4 teams at M = 8, 4096x14336:
   // 3-bit 16.1, 15.4, 14.5 us; experts of 16 tokens 101, 96, 89 (H200, 2026-11-23). As many as
-  // the ring allows: at most this.
-  constexpr int most_teams() const { return tokens == 8 || tokens == 4 ? 4 : 1; }
+  // the ring allows: at most this. mxfp8's ring is too short for 4, and one team meets after
+  // each tile: 4096x14336 at M = 4 20.8 us, 18.7 with two (H200, 2026-11-29). With affine codes
+  // of 8 bits two were no gain.
+  constexpr int most_teams() const { return tokens != 8 && tokens != 4 ? 1 : e4m3() ? 2 : 4; }
   static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
   // Slices in a stage: long rows make few copies, short ones come and go sooner, which few
   // tiles a block want; and less than 3 stages keep too little under way. 16 and 8 slices,
@@ -42,6 +44,9 @@ struct MatvecSizes {
   constexpr int slice_scales() const { return kSlice / group * scale_size(); }  // bytes: 4..16
   // Slices whose scales are whole pieces of 16 bytes.
   constexpr int unit() const { return slice_scales() < 16 ? 16 / slice_scales() : 1; }
+  // Whether products with the high nibbles of codes have accumulators of their own
+  // (matvec_integer.h).
+  constexpr bool apart() const { return integer() && tokens == 1 && bits == 4 && join() == 2; }
   // Blocks of 32 codes that a lane loads at once (load.h).
   constexpr int join() const { return affine && group >= 64 && bits != 5 ? 2 : 1; }
   // Bytes from row to row in a stage of `codes` a row: 8 rows of a fragment fall into different
@@ -54,10 +59,15 @@ struct MatvecSizes {
   constexpr int stage(int codes) const {
     return kRows * (code_row(codes) + (affine ? 2 : 1) * scale_row(codes));
   }
-  // Groups that meet the tensor cores at once, and zeros for the columns of the others.
+  // Codes that x meets as float16, with a unit for each of its groups (matvec_float.h).
+  constexpr bool e4m3() const { return !affine && bits == 8; }
+  // Groups that meet the tensor cores at once, and zeros for the columns of the others; with
+  // integers a slice, so that what a lane reads lies equally far from either.
   constexpr int span() const { return group < 32 ? 32 : group; }
   constexpr int zeros() const {
-    return integer()     ? (tokens == 1 ? span() / 32 * 96 : 0)
+    return integer()     ? (tokens != 1 ? 0
+                            : apart()   ? kSlice / 32 * 96 + 64
+                                        : span() / 32 * 96)
            : tokens >= 8 ? 0
                          : span() / 32 * tokens * 64;
   }
@@ -70,7 +80,7 @@ struct MatvecSizes {
   constexpr int warp_sums() const { return tokens * kTokenSums; }
   constexpr int tile_sums() const { return kWarps * warp_sums(); }  // of all teams
 
-  // Shared memory: barriers of the ring | x | a group of zeros | group sums of x | warps' sums
+  // Shared memory: barriers of the ring | x | zeros | group sums or units of x | warps' sums
   // of y | scale table | parts of y of the block's tiles (split_k) | ring of `stages` of
   // `codes` a row
   struct Layout {
@@ -86,7 +96,7 @@ struct MatvecSizes {
     at.x = kMostStages * 16;
     at.zeros = at.x + padded * tokens * (integer() ? 3 : 2);
     at.x_sums = at.zeros + zeros();
-    at.sums = at.x_sums + (affine ? padded / group * tokens * 8 : 0);
+    at.sums = at.x_sums + padded / group * tokens * (affine ? 8 : e4m3() ? 4 : 0);
     at.table = at.sums + rooms() * flush() * tile_sums() * 4;
     at.parts = at.table + (folded() ? 1024 : 0);
     at.ring = (at.parts + tiles * kRows * tokens * 4 + 127) / 128 * 128;
