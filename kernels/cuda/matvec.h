@@ -158,14 +158,14 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
 
   // The work of the warps that multiply, for a run whose x is staged. unit: what stage_x said.
   // How many teams there are is part of the text: as a variable it took 3-bit experts 10 %.
-  template <bool split = false>
+  template <bool split = false, bool qx = false>
   __device__ __forceinline__ void multiply(Place& place, float unit) const {
     if (Shape::kMostTeams > 1 && at.teams > 1)
-      multiply_by<split, Shape::kMostTeams>(place, unit);
+      multiply_by<split, qx, Shape::kMostTeams>(place, unit);
     else
-      multiply_by<split, 1>(place, unit);
+      multiply_by<split, qx, 1>(place, unit);
   }
-  template <bool split, int teams>
+  template <bool split, bool qx, int teams>
   __device__ __forceinline__ void multiply_by(Place& place, float unit) const {
     constexpr int team_warps = Shape::kWarps / teams;
     const int tiles = this->run.tiles, tokens = this->run.tokens;
@@ -238,12 +238,12 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
     }
     if (unit == 0.0f) {
       const MatvecBlock own = *this;  // whose address may escape: this one stays in registers
-      own.template run_extreme<split>();
+      own.template run_extreme<split, qx>();
     }
   }
 
   // The same sums from weights decoded one by one, for extreme x.
-  template <bool split>
+  template <bool split, bool qx>
   __device__ __noinline__ void run_extreme() const {
     for (int tile = 0; tile < this->run.tiles; tile++)
       for (int i = warp; i < kRows * this->run.tokens; i += Shape::kWarps) {
@@ -251,9 +251,11 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
         const int64_t row =
             this->w_row(min((this->run.first_tile + tile) * kRows + r, a.N - 1));
         float sum = 0.0f;
-        for (int k = k0 + lane; k < k1; k += 32)
-          sum = fmaf(float(static_cast<const T*>(a.x)[this->x_row(token) * a.K + k]),
-                     one_weight<F, T>(a, row, k), sum);
+        for (int k = k0 + lane; k < k1; k += 32) {
+          float x = float(static_cast<const T*>(a.x)[this->x_row(token) * a.K + k]);
+          if constexpr (qx) x = this->quantize(x);
+          sum = fmaf(x, one_weight<F, T>(a, row, k), sum);
+        }
         for (int other = 16; other > 0; other /= 2)
           sum += __shfl_xor_sync(0xffffffffu, sum, other);
         if (lane == 0) keep<split>(tile, r, token, sum);
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(MatvecShape<F, T, TOK>::kThreads, 1)
   if (warp >= Shape::kWarps)
     block.fill_ring([&](auto body) { body(block, place); });
   else
-    block.template multiply<split>(place, block.template stage_x<qx>(true));
+    block.template multiply<split, qx>(place, block.template stage_x<qx>(true));
 #if __CUDA_ARCH__ >= 900
   if constexpr (split) {
     auto cluster = cg::this_cluster();

@@ -341,6 +341,15 @@ struct MatvecStaging {
         for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
       }
   }
+  // One of them, of a group that lies across the warp.
+  __device__ __forceinline__ float quantize(float x) const {
+    static_assert(F::kGroup == 32);
+    float largest = magnitude(x), some[8] = {x};
+    for (int other = 1; other < 32; other *= 2)
+      largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+    round_trip<F>(some, Block<F>(to_bits(largest), enlarge_by(a.global_x)));
+    return some[0];
+  }
   // Of the 8 codes at k of this lane, when x is staged: their block of 32, and the lane of a
   // quad that takes them.
   __device__ __forceinline__ int block_at(int k) const {
