@@ -83,6 +83,7 @@ void run(const Product&, Queue&);
 
 // Products, one function a kernel file. Each takes what plan() hands it and nothing else.
 void matvec(const Product&, const Plan&, Queue&);
+void skinny(const Product&, const Plan&, Queue&);
 void matmul(const Product&, const Plan&, Queue&);
 void simt(const Product&, const Plan&, Queue&);
 

@@ -119,18 +119,36 @@ struct Pairs<Unsigned<B>, T> {
     else
       u = permute(word_at(w, B * j / 4), word_at(w, B * j / 4 + 1), two_bytes);
     if constexpr (B < 8 && !kInPlace) u = (u & 0xffffu) | (u >> B & 0xffff0000u);
-    constexpr uint32_t kBoth = kMask | kMask << (16 + kSecondAt);
+    return masked(u, g);
+  }
+
+  static constexpr uint32_t kBoth = kMask | kMask << (16 + kSecondAt);
+  // From a word with the codes of a pair where `kBoth` has them.
+  static __device__ __forceinline__ uint32_t masked(uint32_t u, GroupPair g) {
     if constexpr (kTiny) return fma2<T>(u & kBoth, g.scale, g.bias);
     constexpr float kPart = 1.0f / float(1 << kSecondAt);
     const uint32_t q = fma2<T>(mask_or<kBoth>(u, Half<T>::kMagic), pair_of<T>(1.0f, kPart),
                                pair_of<T>(-kOffset, -kOffset * kPart));
     return fma2<T>(q, g.scale, g.bias);
   }
+  // And with nothing else.
+  static __device__ __forceinline__ uint32_t clean(uint32_t u, GroupPair g) {
+    return kTiny ? fma2<T>(u, g.scale, g.bias) : masked(u, g);
+  }
+  // The same `up` bits higher.
+  template <int up>
+  static __device__ __forceinline__ uint32_t raised(uint32_t u, GroupPair g) {
+    if constexpr (!kTiny) return masked(u >> up, g);
+    constexpr float kDown = power_of_2(-up);
+    return fma2<T>(u, Half<T>::multiply(g.scale, pair_of<T>(kDown, kDown)), g.bias);
+  }
 
-  // A scale (its bits) that group_pair cannot carry: 2^26 or more, or under 2^-90 and not zero.
+  // Scales (their magnitudes' bits) that group_pair can carry, beside zero: from 2^-90 to 2^26.
+  static constexpr int kScaleBytes = 2;
+  static constexpr uint32_t kLeast = 37u << 7, kMost = (153u << 7) - 1;
   static __device__ __forceinline__ bool extreme(uint32_t scale) {
     const uint32_t magnitude = scale & 0x7fffu;
-    return kTiny && magnitude - (37u << 7) >= (116u << 7) && magnitude != 0;
+    return kTiny && magnitude - kLeast > kMost - kLeast && magnitude != 0;
   }
   // scale, bias: twice each.
   static __device__ __forceinline__ GroupPair group_pair(uint32_t scale, uint32_t bias) {
@@ -151,8 +169,10 @@ struct Pairs<E2m1, T> {
   __device__ explicit Pairs(int c) : select(0x4440u | uint32_t(c)) {}
   template <int n>
   __device__ __forceinline__ uint32_t lifted(const uint32_t (&w)[n], int j) const {
+    return lifted(permute(w[j], 0, select));
+  }
+  static __device__ __forceinline__ uint32_t lifted(uint32_t u) {
     constexpr int kUp = Half<T>::kMantissaBits - 1;
-    const uint32_t u = permute(w[j], 0, select);
     const uint32_t magnitude = u * (1u << kUp | 1u << (kUp + 12)), sign = u * 0x01001000u;
     return mask_or<0x80008000u>(sign, magnitude & (0x00070007u << kUp));
   }
@@ -168,8 +188,10 @@ struct Pairs<E4m3, T> {
       : select(uint32_t(2 * c) * 0x0011u | uint32_t(2 * c + 1) * 0x1100u) {}
   template <int n>
   __device__ __forceinline__ uint32_t lifted(const uint32_t (&w)[n], int j) const {
+    return lifted(permute(w[2 * j], w[2 * j + 1], select));
+  }
+  static __device__ __forceinline__ uint32_t lifted(uint32_t u) {
     constexpr int kUp = Half<T>::kMantissaBits - 3;
-    const uint32_t u = permute(w[2 * j], w[2 * j + 1], select);
     return mask_or<0x80008000u>(u, (u << kUp) & (0x007f007fu << kUp));
   }
 };
@@ -199,8 +221,10 @@ struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
     return Half<bf16>::multiply(lifted(w, j), g.scale);
   }
   // Beyond these bytes the scale, or the weights' last bits, leave bf16's range.
+  static constexpr int kScaleBytes = 1;
+  static constexpr uint32_t kLeast = 35, kMost = 166;
   static __device__ __forceinline__ bool extreme(uint32_t byte) {
-    return byte - 35u > 166u - 35u && byte != 255u;
+    return byte - kLeast > kMost - kLeast && byte != 255u;
   }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
     constexpr uint32_t kUp = uint32_t(kLift - kAlphaExponent);
@@ -244,8 +268,13 @@ struct TwelvePairs {
                                             GroupPair h, uint32_t& first,
                                             uint32_t& second) const {
     const uint32_t codes = permute(w[j], w[j + 1], select);
+    four(codes, codes ^ 0x8888u, g, h, first, second);
+  }
+  // The four codes in the low half of a word, and the same with their signs turned.
+  static __device__ __forceinline__ void four(uint32_t codes, uint32_t turned, GroupPair g,
+                                              GroupPair h, uint32_t& first, uint32_t& second) {
     const uint32_t plus = permute(0x0f0e0d0cu, 0x18141210u, codes);
-    const uint32_t minus = permute(0x090a0b0cu, 0x00040608u, codes ^ 0x8888u);
+    const uint32_t minus = permute(0x090a0b0cu, 0x00040608u, turned);
     const uint32_t q = plus | minus;
     first = fma2<bf16>(permute(q, 0, 0x4140), g.scale, g.bias);
     second = fma2<bf16>(permute(q, 0, 0x4342), h.scale, h.bias);
@@ -269,8 +298,10 @@ template <>
 struct WeightPairs<Mxfp4, bf16> : TwelvePairs {
   static constexpr bool kExtreme = true;
   using TwelvePairs::TwelvePairs;
+  static constexpr int kScaleBytes = 1;
+  static constexpr uint32_t kLeast = 27, kMost = 154;
   static __device__ __forceinline__ bool extreme(uint32_t byte) {
-    return byte - 27u > 154u - 27u && byte != 255u;
+    return byte - kLeast > kMost - kLeast && byte != 255u;
   }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
     const uint32_t s = byte == 255u    ? 0x7fc0u

@@ -17,6 +17,7 @@ struct Device {
 struct Plan {
   enum class Kernel : int {
     matvec,  // weights stream once, tokens on the n side of mma.sync
+    skinny,  // up to 16 tokens, all rows of a block along K together
     matmul,  // wgmma, weights decoded in registers
     simt,    // float32 arithmetic on the CUDA cores: every case the others leave
   } kernel;

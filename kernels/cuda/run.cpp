@@ -1,5 +1,6 @@
 // A product as its plan says: what goes before the kernel, and which kernel.
 #include "kernels.h"
+#include "matmul_rules.h"
 #include "matvec_rules.h"
 
 namespace lowbit::cuda {
@@ -20,9 +21,18 @@ const void* quantized_x(const Product& p, Queue& queue) {
 
 void run(const Product& asked, Queue& queue) {
   Product p = asked;
-  Plan plan = cuda::plan({p.format, p.dtype, p.dtype, p.M, p.N, p.K, p.transpose, p.quantize_x,
-                          p.rhs != nullptr, p.rhs ? p.pairs : 0, p.rhs ? p.w.matrices : 0},
-                         queue.device());
+  const Problem problem{p.format,
+                        p.dtype,
+                        p.dtype,
+                        p.M,
+                        p.N,
+                        p.K,
+                        p.transpose,
+                        p.quantize_x,
+                        p.rhs != nullptr,
+                        p.rhs ? p.pairs : 0,
+                        p.rhs ? p.w.matrices : 0};
+  Plan plan = cuda::plan(problem, queue.device());
   // matvec may do it as it stages x; simt does, as it reads x.
   const bool staged =
       plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format);
@@ -33,11 +43,17 @@ void run(const Product& asked, Queue& queue) {
   // Tensor copies need addresses that only a slice of another array can lack; x of pairs is
   // copied.
   const auto addresses = (p.rhs ? 0 : uintptr_t(p.x)) | uintptr_t(p.w.codes);
-  if (plan.kernel == Plan::Kernel::matmul && addresses % 16 != 0)
-    plan = {Plan::Kernel::simt, 0, 0, 0, 0};
+  if (plan.kernel == Plan::Kernel::skinny &&
+      (uintptr_t(p.w.scales) | uintptr_t(p.w.biases)) % 16 != 0)
+    plan = matmul_plan(problem, queue.device());
+  const bool copies =
+      plan.kernel == Plan::Kernel::skinny || plan.kernel == Plan::Kernel::matmul;
+  if (copies && addresses % 16 != 0) plan = {Plan::Kernel::simt, 0, 0, 0, 0};
   switch (plan.kernel) {
     case Plan::Kernel::matvec:
       return matvec(p, plan, queue);
+    case Plan::Kernel::skinny:
+      return skinny(p, plan, queue);
     case Plan::Kernel::matmul:
       return matmul(p, plan, queue);
     case Plan::Kernel::simt:

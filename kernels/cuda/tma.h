@@ -14,12 +14,11 @@
 
 namespace lowbit::cuda {
 
-// A row-major matrix of `rows` rows, `stride` bytes apart, as tiles of box_rows x box_columns
-// elements of `size` bytes (1 or 2). Base and stride are multiples of 16 bytes, and so is a
-// tile's row. swizzle: 0, or a tile's row in bytes when that is 32, 64 or 128: 16-byte chunks
-// then permute so that equal chunks of 8 rows lie in different banks.
-inline CUtensorMap tensor_map(const void* base, int size, int64_t rows, int64_t columns,
-                              int64_t stride, int box_rows, int box_columns, int swizzle) {
+// Innermost dimensions first; strides in bytes, without that of single elements.
+template <int rank>
+CUtensorMap encode_tiles(const void* base, int size, const cuuint64_t (&extent)[rank],
+                         const cuuint64_t (&strides)[rank - 1], const cuuint32_t (&box)[rank],
+                         int swizzle) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -30,12 +29,10 @@ inline CUtensorMap tensor_map(const void* base, int size, int64_t rows, int64_t 
       throw std::runtime_error("the NVIDIA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(entry);
   }();
-  const cuuint64_t extent[] = {cuuint64_t(columns), cuuint64_t(rows)};
-  const cuuint64_t strides[] = {cuuint64_t(stride)};
-  const cuuint32_t box[] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, step[] = {1, 1};
+  const cuuint32_t step[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status = encode(
-      &map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
+      &map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, rank,
       const_cast<void*>(base), extent, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
       : swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
@@ -45,6 +42,32 @@ inline CUtensorMap tensor_map(const void* base, int size, int64_t rows, int64_t 
   if (status != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled failed: " + std::to_string(int(status)));
   return map;
+}
+
+// A row-major matrix of `rows` rows, `stride` bytes apart, as tiles of box_rows x box_columns
+// elements of `size` bytes (1 or 2). Base and stride are multiples of 16 bytes, and so is a
+// tile's row. swizzle: 0, or a tile's row in bytes when that is 32, 64 or 128: 16-byte chunks
+// then permute so that equal chunks of 8 rows lie in different banks.
+inline CUtensorMap tensor_map(const void* base, int size, int64_t rows, int64_t columns,
+                              int64_t stride, int box_rows, int box_columns, int swizzle) {
+  return encode_tiles<2>(base, size, {cuuint64_t(columns), cuuint64_t(rows)},
+                         {cuuint64_t(stride)}, {cuuint32_t(box_columns), cuuint32_t(box_rows)},
+                         swizzle);
+}
+
+// The same as tiles of all columns that a copy takes: `box_blocks` blocks of columns beside
+// each other in the matrix, one behind the other in the tile, each box_rows x box_columns.
+// step: every so many of them, the others are another tile's.
+inline CUtensorMap block_map(const void* base, int size, int64_t rows, int64_t columns,
+                             int64_t stride, int box_rows, int box_columns, int box_blocks,
+                             int step, int swizzle) {
+  const cuuint64_t block = cuuint64_t(box_columns) * size;
+  return encode_tiles<4>(
+      base, size,
+      {cuuint64_t(box_columns), cuuint64_t(rows), cuuint64_t(step),
+       cuuint64_t(columns / box_columns / step)},
+      {cuuint64_t(stride), block, block * step},
+      {cuuint32_t(box_columns), cuuint32_t(box_rows), 1, cuuint32_t(box_blocks)}, swizzle);
 }
 
 #if LOWBIT_HOPPER
@@ -74,6 +97,17 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, i
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(bar), "h"(blocks)
+      : "memory");
+}
+// Of a block_map: rows from `row` on of blocks block * step + first, (block + 1) * step +
+// first,
+// ...
+__device__ __forceinline__ void load_blocks(uint32_t to, const CUtensorMap& map, int row,
+                                            int first, int block, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+      "l"(&map), "r"(0), "r"(row), "r"(first), "r"(block), "r"(bar)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {

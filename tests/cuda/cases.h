@@ -185,10 +185,15 @@ inline constexpr Shape kShapes[] = {
     {13, 33, 224},   {16, 96, 2048}, {17, 257, 416},   {24, 100, 1504}, {31, 48, 288},
     {32, 128, 1024}, {33, 40, 544},  {64, 64, 64},     {65, 130, 352},  {100, 72, 1248},
     {128, 256, 512}, {129, 136, 48}, {200, 300, 1000}, {256, 64, 320},  {300, 200, 480},
-    {14, 200, 4160},
+    {14, 200, 4160}, {9, 40, 8192},  {31, 36, 9216},
 };
-inline constexpr Shape kQuickShapes[] = {{1, 65, 288},  {6, 40, 1056}, {12, 136, 1536},
-                                         {25, 72, 864}, {70, 72, 288}, {70, 136, 1536}};
+// Blocks of many rows, and several of them one after another (132 multiprocessors).
+inline constexpr Shape kTallShapes[] = {
+    {10, 4300, 512}, {16, 12700, 1024}, {9, 14800, 512}, {20, 8500, 512}};
+inline constexpr Shape kQuickShapes[] = {
+    {1, 65, 288},   {6, 40, 1056}, {12, 136, 1536}, {5, 33, 1024},
+    {20, 40, 2048}, {25, 72, 864}, {70, 72, 288},   {70, 136, 1536},
+};
 
 struct GatherShape {
   int64_t pairs, M, x_matrices, w_matrices, N, K;
@@ -253,6 +258,10 @@ inline std::vector<Case> product_cases(bool quick) {
         for (const GatherShape& g : kGatherShapes) add_shape({g.M, g.N, g.K}, &g, false);
       }
   for (const FormatInfo& f : kFormats)
+    for (Dtype dtype : {Dtype::f16, Dtype::bf16})
+      for (const Shape& s : kTallShapes)
+        if (f.judged) add(f.format, dtype, true, false, s, nullptr, false);
+  for (const FormatInfo& f : kFormats)
     for (int64_t M : {1, 4, 8, 14}) {
       const Shape s{M, 40, 288};
       for (int exponent : {-100, -60, 60, 110}) {
@@ -260,6 +269,11 @@ inline std::vector<Case> product_cases(bool quick) {
         add(f.format, Dtype::bf16, true, false, s, nullptr, false);
         cases.back().x_exponent = exponent, cases.back().bias.reset();
       }
+      if (!f.affine() && M <= 8)
+        for (int exponent : {-60, 60, 110}) {
+          add(f.format, Dtype::bf16, true, true, s, nullptr, false);
+          cases.back().x_exponent = exponent, cases.back().bias.reset();
+        }
       // matmul takes codes for finite ones: groups with a NaN have a scale of their own.
       if (f.affine() || f.bits != 8 || M > 8) continue;
       for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {

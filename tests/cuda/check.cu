@@ -22,6 +22,7 @@
 #include "cases.h"
 #include "cuda/matmul_rules.h"
 #include "cuda/matvec_rules.h"
+#include "cuda/skinny_rules.h"
 #include "device_memory.h"
 #include "encoders.h"
 #include "options.h"
@@ -32,6 +33,7 @@ namespace lowbit::cuda {
 // Null when the file that defines it is not linked.
 __attribute__((weak)) void simt(const Product&, const Plan&, Queue&);
 __attribute__((weak)) void matvec(const Product&, const Plan&, Queue&);
+__attribute__((weak)) void skinny(const Product&, const Plan&, Queue&);
 __attribute__((weak)) void matmul(const Product&, const Plan&, Queue&);
 __attribute__((weak)) void quantize(Format, const void*, Dtype, int64_t, const float*, uint8_t*,
                                     void*, void*, Queue&);
@@ -80,6 +82,11 @@ const ProductKernel kKernels[] = {
     {"matvec", cuda::matvec, cuda::matvec_plan, false, 1,
      [](const Case& c, const cuda::Device& device) {
        return takes_pairs(c) && cuda::matvec_supports(problem_of(c), device);
+     }},
+    {"skinny", cuda::skinny, cuda::skinny_plan, false, 16,
+     [](const Case& c, const cuda::Device& device) {
+       return takes_pairs(c) && !c.pairs && !c.offset &&
+              cuda::skinny_supports(problem_of(c), device);
      }},
     {"matmul", cuda::matmul, cuda::matmul_plan, false, 16,
      [](const Case& c, const cuda::Device& device) {

@@ -11,7 +11,7 @@
 namespace lowbit::check {
 
 inline constexpr const char* kUsage =
-    "usage: check [simt] [matvec] [matmul] [run] [quantize] [options]\n"
+    "usage: check [simt] [matvec] [skinny] [matmul] [run] [quantize] [options]\n"
     "  --quick          few small cases, for compute-sanitizer (implies --exact)\n"
     "  --exact          one allocation an operand: memcheck sees every byte beyond\n"
     "  --plan LIST      kernel=NAME,tokens=N,rows=N,stages=N,split_k=N: what to run instead\n"
@@ -90,7 +90,8 @@ inline Options parse(int argc, char** argv) {
       o.only = fields(value());
     } else if (a == "--threads") {
       o.threads = unsigned(std::stoi(value()));
-    } else if (a == "simt" || a == "matvec" || a == "matmul" || a == "run" || a == "quantize") {
+    } else if (a == "simt" || a == "matvec" || a == "skinny" || a == "matmul" || a == "run" ||
+               a == "quantize") {
       o.selected.push_back(a);
     } else {
       throw std::invalid_argument("unknown argument '" + a + "'");

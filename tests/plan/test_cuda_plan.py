@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx_lowbit import _ext
 from mlx_lowbit.formats import FORMATS, Format
 
-MATVEC, MATMUL, SIMT = range(3)
+MATVEC, SKINNY, MATMUL, SIMT = range(4)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 H200 = {"capability": 90, "processors": 132, "shared_bytes": 232448}
 A100 = {"capability": 80, "processors": 108, "shared_bytes": 166912}
@@ -23,35 +23,67 @@ def plan(fmt: Format, M: int, N: int, K: int, dtype: int = BFLOAT16, **options):
     return words, *numbers
 
 
+def skinny_takes(fmt: Format) -> bool:
+    return fmt.bits in (3, 4, 8)
+
+
+def e2m1(fmt: Format) -> bool:
+    return fmt.mode != "affine" and fmt.bits == 4
+
+
 @pytest.mark.parametrize("M, tokens", [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
 @pytest.mark.parametrize("device, K", [(H200, 4096), (A100, 1024)], ids=["H200", "A100"])
 def test_few_rows_read_weights_once(fmt, M, tokens, device, K):
     words, kernel, got, *_ = plan(fmt, M, 4096, K, **device)
-    e2m1 = fmt.mode != "affine" and fmt.bits == 4
-    wgmma = device == H200 and M > 8 and not e2m1
-    assert (kernel, got) == (MATMUL if wgmma else MATVEC, tokens), words
+    want = MATVEC
+    if device == H200 and M > 4:
+        want = SKINNY if skinny_takes(fmt) else MATMUL if M > 8 else MATVEC
+    assert (kernel, got) == (want, tokens), words
 
 
 @pytest.mark.parametrize("M", [5, 8])
-def test_large_matrices_of_8_bits_meet_wgmma_sooner(fmt, M):
+def test_large_matrices_of_8_bits_leave_matvec_sooner(fmt, M):
     words, kernel, *_ = plan(fmt, M, 14336, 4096)
+    assert kernel == (SKINNY if fmt.bits == 8 else MATVEC), words
+    words, kernel, *_ = plan(fmt, M, 14336, 4096 + fmt.group_size)
     assert kernel == (MATMUL if fmt.bits == 8 else MATVEC), words
     if fmt.mode in ("mxfp8", "nvfp4"):  # matvec can quantize x itself
         words, kernel, *_ = plan(fmt, M, 14336, 4096, quantize_x=True)
         assert kernel == MATVEC, words
 
 
+@pytest.mark.parametrize("M", [1, 2, 4, 8, 16])
+def test_long_rows_of_few_weights_are_skinnys(fmt, M):
+    words, kernel, tokens, *_ = plan(fmt, M, 4096, 14336)
+    assert (kernel == SKINNY) == (M > 1 and skinny_takes(fmt)), words
+    assert tokens >= M
+
+
+@pytest.mark.parametrize("N, skinny", [(1, True), (29568, True), (29569, False)])
+def test_more_rows_of_weights_than_two_turns_are_not_skinnys(fmt, N, skinny):
+    words, kernel, *_ = plan(fmt, 16, N, 4096)
+    assert (kernel == SKINNY) == (skinny and skinny_takes(fmt)), words
+
+
+@pytest.mark.parametrize("K, of_x", [(4096 + 128, BFLOAT16), (768, BFLOAT16), (4096, FLOAT32)])
+def test_rows_that_tensor_copies_cannot_take_are_not_skinnys(K, of_x):
+    fmt = next(f for f in FORMATS if f.name == "affine4_g64")
+    words, kernel, *_ = plan(fmt, 16, 4096, K, of_x)
+    assert kernel != SKINNY, words
+
+
 @pytest.mark.parametrize("N, kernel", [(1024, MATVEC), (2048, MATMUL)])
 def test_few_rows_of_weights_make_too_few_tiles_of_wgmma(fmt, N, kernel):
-    words, got, *_ = plan(fmt, 16, N, 4096)
-    e2m1 = fmt.mode != "affine" and fmt.bits == 4
-    assert got == (MATVEC if e2m1 else kernel), words
+    words, got, *_ = plan(fmt, 16, N, 3968)
+    assert got == (MATVEC if e2m1(fmt) else kernel), words
 
 
+@pytest.mark.parametrize("N", [4096, 14336])
 @pytest.mark.parametrize("M, tokens", [(17, 32), (32, 32), (33, 64), (64, 64)])
-def test_tiles_of_wgmma_are_as_wide_as_x(fmt, M, tokens):
-    words, kernel, got, *_ = plan(fmt, M, 14336, 4096)
-    assert (kernel, got) == (MATMUL, tokens), words
+def test_tiles_are_as_wide_as_x(fmt, M, N, tokens):
+    words, kernel, got, *_ = plan(fmt, M, N, 4096)
+    skinny = M <= 32 and skinny_takes(fmt) and (N == 4096 or e2m1(fmt))
+    assert (kernel, got) == (SKINNY if skinny else MATMUL, tokens), words
 
 
 @pytest.mark.parametrize("M, rows", [(64, 128), (140, 128), (200, 256), (256, 256), (2048, 256)])
@@ -128,8 +160,11 @@ def test_every_problem_has_a_plan_that_fits(device, data):
     N = data.draw(st.integers(1, 200_000))
     K = data.draw(st.integers(1, 1000)) * fmt.group_size
     dtype = data.draw(st.sampled_from([FLOAT32, FLOAT16, BFLOAT16]))
-    words, kernel, tokens, _rows, _stages, split_k = plan(fmt, M, N, K, dtype, **device)
-    assert words and kernel in (MATVEC, MATMUL, SIMT)
+    words, kernel, tokens, rows, stages, split_k = plan(fmt, M, N, K, dtype, **device)
+    assert words and kernel in (MATVEC, SKINNY, MATMUL, SIMT)
+    if kernel == SKINNY:
+        assert device["capability"] == 90 and dtype != FLOAT32
+        assert M <= tokens <= 32 and rows <= 112 and stages >= 3
     if kernel == MATVEC:
         assert tokens >= M and K % 32 == 0 and dtype != FLOAT32
         assert split_k == 1 or device["capability"] >= 90
@@ -172,7 +207,7 @@ def test_pairs_of_more_rows_than_a_tile_are_sorted(fmt):
 
 
 def test_long_rows_of_x_are_split_over_a_cluster():
-    fmt = next(f for f in FORMATS if f.name == "affine4_g64")
+    fmt = next(f for f in FORMATS if f.name == "affine6_g64")
     *_, few = plan(fmt, 1, 4096, 14336)
     words, *_, many = plan(fmt, 8, 4096, 14336)
     assert few == 1 and many > 1
