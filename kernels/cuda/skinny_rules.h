@@ -108,7 +108,7 @@ constexpr Plan skinny_plan(const Problem& p, const Device& device) {
 // rows that a block has a third turn, between which its ring runs dry (M = 16, 4096x32064,
 // matmul and skinny: 4-bit 30.0 and 36.0 us, mxfp8 41.4 and 48.5). From 9 rows of x on it is,
 // and from 17 on with few tiles in a block or e2m1, where decoding is what matmul takes longest
-// for. From 2 on where matvec splits K over blocks; from 5 on with few tiles in a block or
+// for. From 2 on where x leaves matvec a short ring; from 5 on with few tiles in a block or
 // codes of 8 bits, unless matvec also quantizes x.
 // Microseconds of matvec or matmul and of skinny, H200, 2026-11-29:
 //
@@ -140,8 +140,7 @@ inline bool skinny_preferred(const Problem& asked, const Device& device) {
   if (asked.M > 16) return tiles <= 3 || (!f.affine() && f.bits == 4);
   if (asked.M > 8) return true;
   if (asked.quantize_x && matvec_quantizes(asked.format)) return false;
-  const bool split = matvec_plan(asked, device).split_k > 1;
-  return (asked.M > 1 && split) || (asked.M > 4 && (tiles <= 2 || f.bits == 8));
+  return (asked.M > 1 && asked.K > 8192) || (asked.M > 4 && (tiles <= 2 || f.bits == 8));
 }
 
 }  // namespace lowbit::cuda
