@@ -22,7 +22,9 @@
 // became 14.4, and 14336x4096, where that thread was never idle, 16.9 became 14.5. From the
 // first stage on 65 % of all issue slots are used, and the last copy is asked for at two thirds
 // of the time. Stages that parts take in turn, of 128 k each, begin sooner and were no gain
-// (16.6 for 16.2).
+// (16.6 for 16.2). Nor were pairs of blocks that copy half of x to each other: they begin after
+// they have met, and wait for each other (14.6 and 14.9, 14336x4096 14.6 and 16.0, M = 32 19.9
+// and 22.8).
 #pragma once
 
 #include "kernels.h"
