@@ -109,7 +109,8 @@ constexpr Plan skinny_plan(const Problem& p, const Device& device) {
 // matmul and skinny: 4-bit 30.0 and 36.0 us, mxfp8 41.4 and 48.5). From 9 rows of x on it is,
 // and from 17 on with few tiles in a block or e2m1, where decoding is what matmul takes longest
 // for. From 2 on where x leaves matvec a short ring; from 5 on with few tiles in a block or
-// codes of 8 bits, unless matvec also quantizes x.
+// codes of 8 bits, but for x that matvec would also quantize (with it, mxfp8 4096x14336 at M = 4
+// takes 19.0 us, 14336x4096 25.1).
 // Microseconds of matvec or matmul and of skinny, H200, 2026-11-29:
 //
 //   K x N        M   4-bit      3-bit      8-bit      mxfp8      nvfp4
@@ -139,8 +140,9 @@ inline bool skinny_preferred(const Problem& asked, const Device& device) {
   const int tiles = SkinnySizes::tiles(asked.N, device.processors);
   if (asked.M > 16) return tiles <= 3 || (!f.affine() && f.bits == 4);
   if (asked.M > 8) return true;
+  if (asked.M > 1 && asked.K > 8192) return true;
   if (asked.quantize_x && matvec_quantizes(asked.format)) return false;
-  return (asked.M > 1 && asked.K > 8192) || (asked.M > 4 && (tiles <= 2 || f.bits == 8));
+  return asked.M > 4 && (tiles <= 2 || f.bits == 8);
 }
 
 }  // namespace lowbit::cuda

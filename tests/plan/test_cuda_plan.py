@@ -57,6 +57,9 @@ def test_long_rows_of_few_weights_are_skinnys(fmt, M):
     words, kernel, tokens, *_ = plan(fmt, M, 4096, 14336)
     assert (kernel == SKINNY) == (M > 1 and skinny_takes(fmt)), words
     assert tokens >= M
+    if fmt.mode in ("mxfp8", "nvfp4"):
+        words, kernel, *_ = plan(fmt, M, 4096, 14336, quantize_x=True)
+        assert kernel == (SKINNY if M > 1 else MATVEC), words
 
 
 @pytest.mark.parametrize("N, skinny", [(1, True), (29568, True), (29569, False)])
