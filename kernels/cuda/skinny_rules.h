@@ -109,9 +109,9 @@ constexpr Plan skinny_plan(const Problem& p, const Device& device) {
 // matmul and skinny: 4-bit 30.0 and 36.0 us, mxfp8 41.4 and 48.5). From 9 rows of x on it is,
 // and from 17 on with few tiles in a block or e2m1, where decoding is what matmul takes longest
 // for. From 2 on where x leaves matvec a short ring; from 5 on with few tiles in a block or
-// codes of 8 bits, but for x that matvec would also quantize (with it, mxfp8 4096x14336 at M = 4
-// takes 19.0 us, 14336x4096 25.1).
-// Microseconds of matvec or matmul and of skinny, H200, 2026-11-29:
+// codes of 8 bits, but for x that matvec would also quantize (with it, mxfp8 4096x14336 at M =
+// 4 takes 19.0 us, 14336x4096 25.1). Microseconds of matvec or matmul and of skinny, H200,
+// 2026-11-29:
 //
 //   K x N        M   4-bit      3-bit      8-bit      mxfp8      nvfp4
 //   4096x14336   4   13.1 13.2  12.2 15.2  19.4 19.3  19.1 19.9  14.8 15.3
