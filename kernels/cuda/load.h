@@ -63,8 +63,6 @@ class LaneAt {
  public:
   __device__ explicit LaneAt(int c)
       : offset_(B == 8 ? 8 * c : 8 * B * c / 32 * 4), shift_(8 * B * c % 32) {}
-  // Of the first word, in bytes.
-  __device__ __forceinline__ uint32_t offset() const { return offset_; }
 
   // Eight codes as a little-endian stream from bit 0 on. Reads up to 4 bytes past the block.
   __device__ __forceinline__ void load(uint32_t block, uint2 (&codes)[join]) const {
@@ -93,7 +91,6 @@ class LaneAt<B, 2> {
 
  public:
   __device__ explicit LaneAt(int c) : offset_(2 * B * c) {}
-  __device__ __forceinline__ uint32_t offset() const { return offset_; }
 
   __device__ __forceinline__ void load(uint32_t block, uint2 (&codes)[2]) const {
     const uint32_t at = block + offset_;
@@ -128,7 +125,6 @@ class LaneAt<3, 2> {
         shared_(c / 2 * 12 + 4),
         first_(c % 2 ? 0x2176 : 0x4310),
         second_(c % 2 ? 0x3207 : 0x5421) {}
-  __device__ __forceinline__ uint32_t offset() const { return 0; }
 
   __device__ __forceinline__ void load(uint32_t block, uint2 (&codes)[2]) const {
     const uint32_t own = load_shared(block + own_), shared = load_shared(block + shared_);
@@ -303,24 +299,5 @@ struct LaneCodes<E4m3, f16, join> : LaneCodesInPlace {
   }
 #endif
 };
-
-// The value of one code, decoded from global memory: for operands that products of codes cannot
-// carry.
-template <class F, class T, class Args>
-__device__ float one_weight(const Args& a, int64_t row, int k) {
-  constexpr int B = F::kBits;
-  const auto* words = reinterpret_cast<const uint32_t*>(a.codes + row * a.row_bytes);
-  const int bit = k * B, word = bit / 32;
-  uint32_t code = words[word] >> (bit % 32);
-  if (bit % 32 + B > 32) code |= words[word + 1] << (32 - bit % 32);
-  const float value = F::Code::decode(code & ((B < 32 ? 1u << B : 0u) - 1u));
-  const int64_t group = row * (a.K / F::kGroup) + k / F::kGroup;
-  if constexpr (F::kHasBias) {
-    const float s = float(reinterpret_cast<const T*>(a.scales)[group]);
-    return fmaf(s, value, float(reinterpret_cast<const T*>(a.biases)[group]));
-  } else {
-    return F::Scale::decode(a.scales[group]) * value;
-  }
-}
 
 }  // namespace lowbit::cuda

@@ -144,7 +144,6 @@ struct Pairs<Unsigned<B>, T> {
   }
 
   // Scales (their magnitudes' bits) that group_pair can carry, beside zero: from 2^-90 to 2^26.
-  static constexpr int kScaleBytes = 2;
   static constexpr uint32_t kLeast = 37u << 7, kMost = (153u << 7) - 1;
   static __device__ __forceinline__ bool extreme(uint32_t scale) {
     const uint32_t magnitude = scale & 0x7fffu;
@@ -221,7 +220,6 @@ struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
     return Half<bf16>::multiply(lifted(w, j), g.scale);
   }
   // Beyond these bytes the scale, or the weights' last bits, leave bf16's range.
-  static constexpr int kScaleBytes = 1;
   static constexpr uint32_t kLeast = 35, kMost = 166;
   static __device__ __forceinline__ bool extreme(uint32_t byte) {
     return byte - kLeast > kMost - kLeast && byte != 255u;
@@ -298,7 +296,6 @@ template <>
 struct WeightPairs<Mxfp4, bf16> : TwelvePairs {
   static constexpr bool kExtreme = true;
   using TwelvePairs::TwelvePairs;
-  static constexpr int kScaleBytes = 1;
   static constexpr uint32_t kLeast = 27, kMost = 154;
   static __device__ __forceinline__ bool extreme(uint32_t byte) {
     return byte - kLeast > kMost - kLeast && byte != 255u;

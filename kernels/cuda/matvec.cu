@@ -1,18 +1,12 @@
 // matvec of every format: which file of matvec_format.cu's a product belongs to.
 #include "matvec.h"
 
+#include "formats.h"
+
 namespace lowbit::cuda {
 
 void matvec(const Product& p, const Plan& plan, Queue& queue) {
-  switch (p.format) {
-#define FORMAT(name, cpp_type, mode, bits, group, judged) \
-  case Format::name:                                      \
-    return matvec_format<Format::name>(p, plan, queue);
-#include "../formats/formats.def"
-#undef FORMAT
-    case Format::dense:
-      return;
-  }
+  with_format(p.format, [&](auto f) { matvec_format<f.value>(p, plan, queue); });
 }
 
 }  // namespace lowbit::cuda

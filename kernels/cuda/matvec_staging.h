@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "load.h"
 #include "matvec_rules.h"
+#include "one_weight.cuh"
 #include "pipeline.h"
 
 namespace lowbit::cuda {

@@ -31,10 +31,15 @@ Plan gather_plan(const Problem& p, const Device& device) {
 
 Plan plan(const Problem& asked, const Device& device) {
   const Problem p = after_quantizing(asked);
-  if (p.gather) return gather_plan(p, device);
-  const bool matmul = matmul_supports(p, device);
   if (skinny_supports(p, device) && skinny_preferred(asked, device))
     return skinny_plan(p, device);
+  return plan_without_skinny(asked, device);
+}
+
+Plan plan_without_skinny(const Problem& asked, const Device& device) {
+  const Problem p = after_quantizing(asked);
+  if (p.gather) return gather_plan(p, device);
+  const bool matmul = matmul_supports(p, device);
   if (matvec_supports(p, device) && !(matmul && matmul_preferred(asked)))
     return matvec_plan(p, device);
   if (matmul) return matmul_plan(p, device);
@@ -56,15 +61,14 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
   std::ostringstream text;
   switch (plan.kernel) {
     case Plan::Kernel::matvec:
-      text << "cuda matvec, mma.sync from the stored layout (" << name(p.dtype)
-           << " in, float32 sums), weights read once, " << plan.tokens << " tokens x "
-           << plan.rows << " rows of w a tile, ring of " << plan.stages << " stages";
+    case Plan::Kernel::skinny: {
+      const bool skinny = plan.kernel == Plan::Kernel::skinny;
+      text << "cuda " << (skinny ? "skinny" : "matvec") << ", mma.sync from the stored layout ("
+           << name(p.dtype) << " in, float32 sums), weights read once, " << plan.tokens
+           << " tokens x " << plan.rows << " rows of w a " << (skinny ? "block" : "tile")
+           << ", ring of " << plan.stages << " stages";
       break;
-    case Plan::Kernel::skinny:
-      text << "cuda skinny, mma.sync from the stored layout (" << name(p.dtype)
-           << " in, float32 sums), weights read once, " << plan.tokens << " tokens x "
-           << plan.rows << " rows of w a block, ring of " << plan.stages << " stages";
-      break;
+    }
     case Plan::Kernel::matmul:
       text << "cuda matmul, wgmma with weights decoded in registers (" << name(p.dtype)
            << " in, float32 sums), " << plan.tokens << " tokens x " << plan.rows

@@ -17,7 +17,7 @@ struct Device {
 struct Plan {
   enum class Kernel : int {
     matvec,  // weights stream once, tokens on the n side of mma.sync
-    skinny,  // up to 16 tokens, all rows of a block along K together
+    skinny,  // up to 32 tokens, all rows of a block along K together
     matmul,  // wgmma, weights decoded in registers
     simt,    // float32 arithmetic on the CUDA cores: every case the others leave
   } kernel;
@@ -33,6 +33,8 @@ constexpr bool groups(int64_t rows, int64_t matrices) {
 }
 
 Plan plan(const Problem&, const Device&);
+// For addresses that skinny's copies cannot take, which a plan knows nothing of.
+Plan plan_without_skinny(const Problem&, const Device&);
 // It takes some rows of x, and weights that float16 holds, to make decoding worth it. Block
 // scales are for cuBLASLt to multiply from compute capability 10 on, which takes no rows that
 // are not whole vectors.

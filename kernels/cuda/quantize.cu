@@ -237,15 +237,9 @@ void quantize(Format format, const void* w, Dtype dtype, int64_t groups,
   const int shift = shift_of(kFormats[int(format)].group_size / 16);
   const QuantizeArgs a{w,      global_scale,    codes, scales,
                        biases, groups << shift, shift, aligned(w)};
-  switch (format) {
-#define FORMAT(name, cpp_type, mode, bits, group, judged) \
-  case Format::name:                                      \
-    return run_quantize<Family<cpp_type>::type>(a, dtype, queue);
-#include "../formats/formats.def"
-#undef FORMAT
-    case Format::dense:
-      return;
-  }
+  with_format(format, [&](auto f) {
+    run_quantize<typename Family<typename TypeOf<f.value>::type>::type>(a, dtype, queue);
+  });
 }
 
 void round_trip(Format format, const void* x, int64_t groups, const float* global_scale,
@@ -267,15 +261,9 @@ void dequantize(Format format, const Weights& w, const float* global_scale, void
   if (units == 0) return;
   const DequantizeArgs a{
       w, global_scale, out, units, shift_of(w.group_size / unit_of(dtype)), aligned(out)};
-  switch (format) {
-#define FORMAT(name, cpp_type, mode, bits, group, judged) \
-  case Format::name:                                      \
-    return run_dequantize<Family<cpp_type>::type>(a, dtype, queue);
-#include "../formats/formats.def"
-#undef FORMAT
-    case Format::dense:
-      return;
-  }
+  with_format(format, [&](auto f) {
+    run_dequantize<typename Family<typename TypeOf<f.value>::type>::type>(a, dtype, queue);
+  });
 }
 
 }  // namespace lowbit::cuda

@@ -1,6 +1,5 @@
 // A product as its plan says: what goes before the kernel, and which kernel.
 #include "kernels.h"
-#include "matmul_rules.h"
 #include "matvec_rules.h"
 
 namespace lowbit::cuda {
@@ -43,12 +42,11 @@ void run(const Product& asked, Queue& queue) {
   // Tensor copies need addresses that only a slice of another array can lack; x of pairs is
   // copied.
   const auto addresses = (p.rhs ? 0 : uintptr_t(p.x)) | uintptr_t(p.w.codes);
-  if (plan.kernel == Plan::Kernel::skinny &&
-      (uintptr_t(p.w.scales) | uintptr_t(p.w.biases)) % 16 != 0)
-    plan = matmul_plan(problem, queue.device());
-  const bool copies =
-      plan.kernel == Plan::Kernel::skinny || plan.kernel == Plan::Kernel::matmul;
-  if (copies && addresses % 16 != 0) plan = {Plan::Kernel::simt, 0, 0, 0, 0};
+  const auto scales = uintptr_t(p.w.scales) | uintptr_t(p.w.biases);
+  if (plan.kernel == Plan::Kernel::skinny && (addresses | scales) % 16 != 0)
+    plan = plan_without_skinny(problem, queue.device());
+  if (plan.kernel == Plan::Kernel::matmul && addresses % 16 != 0)
+    plan = {Plan::Kernel::simt, 0, 0, 0, 0};
   switch (plan.kernel) {
     case Plan::Kernel::matvec:
       return matvec(p, plan, queue);

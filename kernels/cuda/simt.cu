@@ -354,15 +354,9 @@ void run(const Product& p, const Plan& plan, Queue& queue) {
 
 // Plan: tokens of a tile, 4 or 64, and parts of K; 0 leaves the choice to the shape.
 void simt(const Product& p, const Plan& plan, Queue& queue) {
-  switch (p.format) {
-#define FORMAT(name, cpp_type, mode, bits, group, judged) \
-  case Format::name:                                      \
-    return run<Family<cpp_type>::type>(p, plan, queue);
-#include "../formats/formats.def"
-#undef FORMAT
-    case Format::dense:
-      return;
-  }
+  with_format(p.format, [&](auto f) {
+    run<typename Family<typename TypeOf<f.value>::type>::type>(p, plan, queue);
+  });
 }
 
 }  // namespace lowbit::cuda

@@ -28,7 +28,6 @@
 #pragma once
 
 #include "kernels.h"
-#include "load.h"
 #include "skinny_decode.cuh"
 #include "skinny_rules.h"
 
@@ -167,7 +166,7 @@ struct SkinnyBlock {
     [[maybe_unused]] const int row_bits = 31 - __clz(a.at.scale_row);
 #pragma unroll 1
     for (int group = int(blockIdx.x); group < a.groups; group += int(gridDim.x)) {
-      std::conditional_t<Decode::kExtreme, Extremes<Decode>, NoExtremes> seen;
+      Extremes<F, T> seen;
 #pragma unroll 1
       for (int k = 0; k < a.spans_k; k += a.at.span_k) {
         const uint32_t bar = span_full(span.index);

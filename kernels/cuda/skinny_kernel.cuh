@@ -1,6 +1,7 @@
 // The warps of skinny that multiply, and the kernel.
 #pragma once
 
+#include "one_weight.cuh"
 #include "skinny.h"
 
 namespace lowbit::cuda {

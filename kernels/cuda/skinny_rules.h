@@ -92,7 +92,7 @@ constexpr SkinnySizes skinny_sizes(const Problem& p) {
 constexpr bool skinny_takes_bits(int bits) { return bits == 3 || bits == 4 || bits == 8; }
 // matmul's products; tensor copies: rows of scales are multiples of 16 bytes, K is whole boxes.
 inline bool skinny_supports(const Problem& p, const Device& device) {
-  if (!matmul_supports(p, device)) return false;
+  if (p.gather || !matmul_supports(p, device)) return false;
   const SkinnySizes sizes = skinny_sizes(p);
   return sizes.tokens && skinny_takes_bits(sizes.bits) && p.K % 256 == 0 &&
          p.K / sizes.group * sizes.scale_size() % 16 == 0;

@@ -99,9 +99,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, i
       "l"(&map), "r"(column), "r"(row), "r"(bar), "h"(blocks)
       : "memory");
 }
-// Of a block_map: rows from `row` on of blocks block * step + first, (block + 1) * step +
-// first,
-// ...
+// Of a block_map: rows from `row` on, and of each `step` blocks from `block` * step on the one
+// that `first` says.
 __device__ __forceinline__ void load_blocks(uint32_t to, const CUtensorMap& map, int row,
                                             int first, int block, uint32_t bar) {
   asm volatile(

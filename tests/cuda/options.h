@@ -1,15 +1,20 @@
 // The command line of the check.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cuda/plan.h"
 
 namespace lowbit::check {
 
+inline constexpr std::string_view kSections[] = {"simt",   "matvec", "skinny",
+                                                 "matmul", "run",    "quantize"};
 inline constexpr const char* kUsage =
     "usage: check [simt] [matvec] [skinny] [matmul] [run] [quantize] [options]\n"
     "  --quick          few small cases, for compute-sanitizer (implies --exact)\n"
@@ -90,8 +95,8 @@ inline Options parse(int argc, char** argv) {
       o.only = fields(value());
     } else if (a == "--threads") {
       o.threads = unsigned(std::stoi(value()));
-    } else if (a == "simt" || a == "matvec" || a == "skinny" || a == "matmul" || a == "run" ||
-               a == "quantize") {
+    } else if (std::find(std::begin(kSections), std::end(kSections), a) !=
+               std::end(kSections)) {
       o.selected.push_back(a);
     } else {
       throw std::invalid_argument("unknown argument '" + a + "'");

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lowbit import _ext
-from mlx_lowbit.formats import FORMATS, Format
+from mlx_lowbit.formats import FORMATS, Format, get
 
 MATVEC, SKINNY, MATMUL, SIMT = range(4)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
@@ -70,7 +70,7 @@ def test_more_rows_of_weights_than_two_turns_are_not_skinnys(fmt, N, skinny):
 
 @pytest.mark.parametrize("K, of_x", [(4096 + 128, BFLOAT16), (768, BFLOAT16), (4096, FLOAT32)])
 def test_rows_that_tensor_copies_cannot_take_are_not_skinnys(K, of_x):
-    fmt = next(f for f in FORMATS if f.name == "affine4_g64")
+    fmt = get("affine", bits=4)
     words, kernel, *_ = plan(fmt, 16, 4096, K, of_x)
     assert kernel != SKINNY, words
 
@@ -212,7 +212,7 @@ def test_pairs_of_more_rows_than_a_tile_are_sorted(fmt):
 
 
 def test_long_rows_of_x_are_split_over_a_cluster():
-    fmt = next(f for f in FORMATS if f.name == "affine6_g64")
+    fmt = get("affine", bits=6)
     *_, few = plan(fmt, 1, 4096, 14336)
     words, *_, many = plan(fmt, 8, 4096, 14336)
     assert few == 1 and many > 1
