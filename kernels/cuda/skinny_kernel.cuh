@@ -63,6 +63,7 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
     const uint32_t scale_turn = turn_of(row, a.at.scale_row) * 16, end = full(a.at.stages);
     uint32_t stage = base, bar = full(0), parity = 0;
     Slot span;
+    const float factor = alpha();
 #pragma unroll 1
     for (int group = int(blockIdx.x); group < a.groups; group += int(gridDim.x)) {
       float y[tiles][NT][4] = {};
@@ -134,21 +135,27 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
                          __float_as_uint(y[t][nt][i]));
           }
       sync_some(Block::kSums, 32 * (workers() + 1));
-      write(group);
+      write(group, factor);
+      if (group + int(gridDim.x) >= a.groups) break;
       fence_for_copies();
       __syncwarp();
       if (lane < kArrivals) arrive(ring_free());
     }
   }
 
-  // The sums of all parts, to y.
-  __device__ __forceinline__ void write(int group) const {
-    const int worker = warp - SkinnySizes::kOthers;
-    uint32_t extreme;
-    load_shared<4>(extreme_at(), &extreme);
+  // What sums are to be multiplied by, known before they are there.
+  __device__ __forceinline__ float alpha() const {
     float alpha = __uint_as_float(uint32_t(127 + Decode::kAlphaExponent) << 23);
     if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
     if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
+    asm volatile("" : "+f"(alpha));
+    return alpha;
+  }
+  // The sums of all parts, to y.
+  __device__ __forceinline__ void write(int group, float alpha) const {
+    const int worker = warp - SkinnySizes::kOthers;
+    uint32_t extreme;
+    load_shared<4>(extreme_at(), &extreme);
     if (Decode::kExtreme && extreme) {
       write_extreme(a, group * rows(), worker, workers(), lane);
       return;
