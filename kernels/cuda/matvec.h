@@ -43,14 +43,15 @@
 #include <type_traits>
 
 #include "matvec_float.h"
-#include "matvec_integer.h"
+#include "matvec_in_place.h"
 
 namespace lowbit::cuda {
 
 template <class F, class T, int TOK, bool gather>
-using MatvecProducts =
+using MatvecProducts = std::conditional_t<
+    MatvecShape<F, T, TOK>::kInPlace, MatvecInPlace<F, T, gather>,
     std::conditional_t<MatvecShape<F, T, TOK>::kInteger, MatvecInteger<F, T, TOK, gather>,
-                       MatvecFloat<F, T, TOK, gather>>;
+                       MatvecFloat<F, T, TOK, gather>>>;
 
 template <class F, class T, int TOK, bool gather = false>
 struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {

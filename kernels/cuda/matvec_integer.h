@@ -40,67 +40,75 @@ __device__ __forceinline__ void mma_bytes(int (&d)[4], const uint2 (&a)[2], uint
       : "r"(a[0].x), "r"(a[1].x), "r"(a[0].y), "r"(a[1].y), "r"(b.x), "r"(b.y));
 }
 
+// x as fixed point.
 template <class F, class T, int TOK, bool gather>
-struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
+struct MatvecFixed : MatvecStaging<F, T, TOK, gather> {
   using Base = MatvecStaging<F, T, TOK, gather>;
+  using Base::lane;
+  using typename Base::H, typename Base::Shape;
+  static constexpr float kUnit = 1.0f;  // of sums
+  static constexpr bool kRaised = false;
+  // Added to a float below 2^22: leaves its integer in the low bits.
+  static constexpr float kMagic = 12582912.0f;
+
+  // Eight elements of a group that is spread over lanes: returns the power of two that makes
+  // them integers below 2^bits, and puts its inverse and the group's sum where the first lane
+  // says.
+  template <int bits>
+  __device__ __forceinline__ float fix(const uint4& in, float (&f)[8], float2* about,
+                                       uint32_t& largest) const {
+    const uint32_t v[4] = {in.x, in.y, in.z, in.w};
+    float sum = 0.0f;
+    uint32_t top = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      f[i] = i % 2 ? H::high(v[i / 2]) : H::low(v[i / 2]);
+      top = max(top, __float_as_uint(fabsf(f[i])));  // bits: NaN is largest
+      sum += f[i];
+    }
+#pragma unroll
+    for (int other = 1; other < Shape::kGroup / 8; other *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, other);
+      top = max(top, __shfl_xor_sync(0xffffffffu, top, other));
+    }
+    largest = max(largest, top);
+    // 2^(bits - 1 - e) for a largest in [2^e, 2^(e + 1)). Where that is no float, x is below
+    // 2^-105 and keeps fewer bits.
+    const int e = max(int(top >> 23), bits - 1);
+    if (lane % (Shape::kGroup / 8) == 0)
+      *about = {e > bits - 1 ? __int_as_float((e - bits + 1) << 23) : 0x1p-127f, sum};
+    return __int_as_float((253 + bits - e) << 23);
+  }
+};
+
+template <class F, class T, int TOK, bool gather>
+struct MatvecInteger : MatvecFixed<F, T, TOK, gather> {
+  using Base = MatvecFixed<F, T, TOK, gather>;
   using Base::base, Base::lane, Base::g, Base::c, Base::at, Base::k0, Base::shared;
   using Base::lane_at, Base::kTogether;
   using typename Base::H, typename Base::Shape, typename Base::Slice;
   static constexpr int NT = Shape::kColumnTiles, kSlots = Shape::kSlots;
   using Bytes = ByteCodes<F::kBits>;
-  static constexpr float kUnit = 1.0f;  // of sums
-  static constexpr bool kRaised = false;
   // Column q of the product: limb q / TOK of token q % TOK. TOK == 1: limb q % 4 of the group
   // of slot q / 4, and limb 3, which there is not, collects biases. Other columns are never
   // read.
   static constexpr int kBlock = 3 * TOK * 32;  // bytes of x for a block of 32 codes
-  // One token, 4 bits: high nibbles stay where they are, 16 times as large, and have products
-  // of their own. Of two blocks, whose x lies together, one mma takes the low nibbles and one
-  // the high ones. Limbs 0 and 1 meet as integers, biases elsewhere, and limb 3 is zero: 114
-  // instructions a slice where the other way takes 137 (4096x4096 5.53 and 5.43 us, 4096x14336,
-  // which reads as fast as it can, 12.01 and 11.94; H200, 2026-11-29).
-  static constexpr bool kApart = Shape::kApart;
-  // Added to a float below 2^22: leaves its integer in the low bits.
-  static constexpr float kMagic = 12582912.0f;
-
-  // A slice of x: limbs as [block of 32][limb][token][lane of the quad][8], or, kApart, as [two
-  // blocks][limb][lane][half of the 8][block][4], and of each group and token its unit and its
-  // sum.
+  // A slice of x: limbs as [block of 32][limb][token][lane of the quad][8], and of each group
+  // and token its unit and its sum.
   __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether], int,
                                           uint32_t& largest) const {
     auto* about =
         reinterpret_cast<float2*>(shared + at.x_sums) + (k - k0) / Shape::kGroup * TOK + token;
-    constexpr int kJoin = kApart ? 2 : 1;
-    const int block = this->block_at(k);
-    char* x = shared + at.x + block / kJoin * (kJoin * kBlock) + token * (32 * kJoin) +
-              this->taker() * (8 * kJoin) + block % kJoin * 4;
+    char* x = shared + at.x + this->block_at(k) * kBlock + token * 32 + this->taker() * 8;
 #pragma unroll
     for (int t = 0; t < kTogether; t++) {
-      const uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
-      float f[8], sum = 0.0f;
-      uint32_t top = 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        f[i] = i % 2 ? H::high(v[i / 2]) : H::low(v[i / 2]);
-        top = max(top, __float_as_uint(fabsf(f[i])));  // bits: NaN is largest
-        sum += f[i];
-      }
-#pragma unroll
-      for (int other = 1; other < Shape::kGroup / 8; other *= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        top = max(top, __shfl_xor_sync(0xffffffffu, top, other));
-      }
-      largest = max(largest, top);
-      // 2^(21 - e) for a largest in [2^e, 2^(e + 1)), and its inverse. Where that is no float,
-      // x is below 2^-105 and keeps fewer bits.
-      const int e = max(int(top >> 23), 21);
-      const float scale = __int_as_float((275 - e) << 23);
-      if (lane % (Shape::kGroup / 8) == 0)
-        about[t] = {e > 21 ? __int_as_float((e - 21) << 23) : 0x1p-127f, sum};
+      float f[8];
+      const float scale = Base::template fix<22>(in[t], f, about + t, largest);
       uint32_t z[8];  // limb 2 + 128, limb 1 + 128, limb 0
 #pragma unroll
       for (int i = 0; i < 8; i++)
-        z[i] = __float_as_int(fmaf(f[Bytes::order(i)], scale, kMagic)) + 0x8080 - 0x400000;
+        z[i] =
+            __float_as_int(fmaf(f[Bytes::order(i)], scale, Base::kMagic)) + 0x8080 - 0x400000;
       uint32_t limbs[3][2];
 #pragma unroll
       for (int w = 0; w < 2; w++) {
@@ -114,22 +122,13 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
       }
 #pragma unroll
       for (int limb = 0; limb < 3; limb++)
-        if constexpr (kApart) {
-#pragma unroll
-          for (int w = 0; w < 2; w++)
-            *reinterpret_cast<uint32_t*>(x + limb * 64 + w * 8) = limbs[limb][w];
-        } else {
-          *reinterpret_cast<uint2*>(x + (limb * TOK + t) * 32) = {limbs[limb][0],
-                                                                  limbs[limb][1]};
-        }
+        *reinterpret_cast<uint2*>(x + (limb * TOK + t) * 32) = {limbs[limb][0], limbs[limb][1]};
     }
   }
 
   // This lane's x for its first column of a slice that starts at k, and what is known of its
   // group.
   __device__ uint32_t x_at(int k) const {
-    if constexpr (kApart)
-      return base + at.x + uint32_t(k - k0) / 64 * (2 * kBlock) + g % 4 * 64 + c * 16;
     return base + at.x + uint32_t(k - k0) / 32 * kBlock + (TOK == 1 ? g % 4 : g) * 32 + c * 8;
   }
   __device__ uint32_t sums_at(int k) const {
@@ -147,10 +146,6 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
     for (int r = 0; r < 2; r++) {
       Base::load_words(slice.scales[r], scales[r]);
       Base::load_words(slice.biases[r], biases[r]);
-    }
-    if constexpr (kApart) {
-      multiply_apart<whole>(slice, groups, scales, biases, y[0]);
-      return;
     }
     const uint32_t zeros = base + at.zeros + 8 * c;
 #pragma unroll
@@ -219,11 +214,8 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
     for (int i = 0; i < 4; i++) {
       if constexpr (TOK == 1) {
         if (i % 2) continue;
-        float sum;
-        if constexpr (kApart)
-          sum = fmaf(c % 2 ? 0.0625f : 16.0f, y[0][i], c % 2 ? 0.0f : y[0][i + 1]);
-        else
-          sum = fmaf(c % 2 ? 1.0f : 65536.0f, y[0][i], (c % 2 ? 1.0f : 256.0f) * y[0][i + 1]);
+        float sum =
+            fmaf(c % 2 ? 1.0f : 65536.0f, y[0][i], (c % 2 ? 1.0f : 256.0f) * y[0][i + 1]);
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         y[0][i] = sum + __shfl_xor_sync(0xffffffffu, sum, 2);
       } else if constexpr (TOK == 4) {
@@ -240,57 +232,6 @@ struct MatvecInteger : MatvecStaging<F, T, TOK, gather> {
   }
 
  private:
-  // A slice, kApart: y[0] and y[2] += 16 * scale * unit * (256 * limb 0 + limb 1), or limb 2 in
-  // lanes of odd c, and y[1] and y[3] += bias * (sum of x) in all. Sums of limbs of 16 times
-  // the codes are below 2^22 for groups of 128, and 256 times that below 2^30.
-  template <bool whole, int n>
-  __device__ __forceinline__ void multiply_apart(const Slice& slice, int groups,
-                                                 const uint32_t (&scales)[2][n],
-                                                 const uint32_t (&biases)[2][n],
-                                                 float (&y)[4]) const {
-    constexpr int kBlocks = Shape::kGroup / 32;
-    constexpr uint32_t kLow = 0x0f0f0f0fu;
-    // Other banks than those of the columns beside these.
-    const uint32_t zeros = base + at.zeros + g % 2 * 64 + c * 16;
-    uint32_t x[kSlots];
-#pragma unroll
-    for (int slot = 0; slot < kSlots; slot++)
-      x[slot] = g / 4 == slot && g % 4 < 3 ? slice.x : zeros;
-#pragma unroll
-    for (int first = 0; first < Shape::kInSlice; first += kSlots) {
-      int low[4] = {}, high[4] = {};
-#pragma unroll
-      for (int slot = 0; slot < kSlots; slot++) {
-        if (!whole && first + slot >= groups) break;
-#pragma unroll
-        for (int i = 0; i < kBlocks; i += 2) {
-          const int block = (first + slot) * kBlocks + i;
-          uint2 codes[2][2];
-#pragma unroll
-          for (int r = 0; r < 2; r++)
-            lane_at.load(slice.codes[r] + block * 4 * F::kBits, codes[r]);
-          const auto some = [&](int r, uint32_t mask) -> uint2 {
-            return {codes[r][0].x & mask, codes[r][1].x & mask};
-          };
-          const uint4 v = load_shared4(x[slot] + block * kBlock);
-          mma_bytes(low, {some(0, kLow), some(1, kLow)}, {v.x, v.y});
-          mma_bytes(high, {some(0, ~kLow), some(1, ~kLow)}, {v.z, v.w});
-        }
-      }
-      const uint2 about = load_shared2(slice.x_sums + first * 8);
-      const int up = c % 2 ? 1 : 256;
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float s = pick(scales[r][first / 2], first), b = pick(biases[r][first / 2], first);
-        if (!whole && first + c / 2 >= groups) s = b = 0.0f;
-        const int limbs[2] = {16 * low[2 * r] + high[2 * r],
-                              16 * low[2 * r + 1] + high[2 * r + 1]};
-        const float both = float(up * limbs[0] + limbs[1]);
-        y[2 * r] = fmaf(s * __uint_as_float(about.x), both, y[2 * r]);
-        y[2 * r + 1] = fmaf(b, __uint_as_float(about.y), y[2 * r + 1]);
-      }
-    }
-  }
   // The scale of group `first` out of a pair, or of this lane's slot's.
   __device__ __forceinline__ float pick(uint32_t pair, int first) const {
     if constexpr (TOK == 1)

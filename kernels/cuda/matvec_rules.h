@@ -20,7 +20,11 @@ struct MatvecSizes {
   // floats in one run: 4-bit M = 1 13.3 / 13.8, M = 4 14.1 / 13.9; 8-bit 19.3 / 21.1, 19.5 /
   // 20.7, M = 8 23.9 / 21.8 us (2026-11-22); 3-bit M = 1 14.5 / 13.7 (2026-11-23).
   constexpr bool integer() const {
-    return affine && ((tokens == 1 && bits != 3) || (bits == 8 && tokens == 4));
+    return in_place() || (affine && ((tokens == 1 && bits != 3) || (bits == 8 && tokens == 4)));
+  }
+  // Whether codes meet x in the bytes in which they are stored (matvec_in_place.h).
+  constexpr bool in_place() const {
+    return affine && tokens == 1 && (bits == 3 || bits == 4) && group >= 64;
   }
   // Warps that multiply, and those that copy: the copy engine takes a row at a time, and one
   // warp alone asks for about one in 40 ns (4-bit 4096x14336, M = 1: 19.9 us with one, 13.8
@@ -44,14 +48,13 @@ struct MatvecSizes {
   constexpr int slice_scales() const { return kSlice / group * scale_size(); }  // bytes: 4..16
   // Slices whose scales are whole pieces of 16 bytes.
   constexpr int unit() const { return slice_scales() < 16 ? 16 / slice_scales() : 1; }
-  // Whether products with the high nibbles of codes have accumulators of their own
-  // (matvec_integer.h).
-  constexpr bool apart() const { return integer() && tokens == 1 && bits == 4 && join() == 2; }
   // Blocks of 32 codes that a lane loads at once (load.h).
   constexpr int join() const { return affine && group >= 64 && bits != 5 ? 2 : 1; }
   // Bytes from row to row in a stage of `codes` a row: 8 rows of a fragment fall into different
   // banks when these are odd multiples of what one lane quad reads at once.
-  constexpr int quad_words() const { return bits == 8 ? 2 * join() : bits == 4 ? join() : 1; }
+  constexpr int quad_words() const {
+    return bits == 8 ? 2 * join() : bits != 4 ? 1 : in_place() ? 4 : join();
+  }
   constexpr int code_row(int codes) const { return codes * bits / 8 + 16 * quad_words(); }
   constexpr int scale_row(int codes) const {
     return (codes / group * scale_size() + 15) / 16 / 2 * 32 + 16;
@@ -61,13 +64,16 @@ struct MatvecSizes {
   }
   // Codes that x meets as float16, with a unit for each of its groups (matvec_float.h).
   constexpr bool e4m3() const { return !affine && bits == 8; }
+  // Of x, staged.
+  constexpr int x_bytes(int codes) const {
+    return codes * tokens * (in_place() ? (bits == 3 ? 5 : 4) : integer() ? 3 : 2);
+  }
   // Groups that meet the tensor cores at once, and zeros for the columns of the others; with
   // integers a slice, so that what a lane reads lies equally far from either.
   constexpr int span() const { return group < 32 ? 32 : group; }
   constexpr int zeros() const {
-    return integer()     ? (tokens != 1 ? 0
-                            : apart()   ? kSlice / 32 * 96 + 64
-                                        : span() / 32 * 96)
+    return in_place()    ? x_bytes(kSlice)
+           : integer()   ? (tokens != 1 ? 0 : span() / 32 * 96)
            : tokens >= 8 ? 0
                          : span() / 32 * tokens * 64;
   }
@@ -94,7 +100,7 @@ struct MatvecSizes {
     const int padded = int((part + kSlice - 1) / kSlice * kSlice);
     Layout at{};
     at.x = kMostStages * 16;
-    at.zeros = at.x + padded * tokens * (integer() ? 3 : 2);
+    at.zeros = at.x + x_bytes(padded);
     at.x_sums = at.zeros + zeros();
     at.sums = at.x_sums + padded / group * tokens * (affine ? 8 : e4m3() ? 4 : 0);
     at.table = at.sums + rooms() * flush() * tile_sums() * 4;
@@ -176,7 +182,7 @@ inline constexpr int kMatvecSortBytes = 16 * 2 + 4;
 
 // Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, so that
 // each matrix that is hit is read once for 8 rows.
-constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 16; }
+constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 32; }
 
 // Whether each block sorts them for itself, a row a thread, in the shared memory of x and of
 // the sums: the kernel that does it before takes 5 us (H200, 2026-11-23).
