@@ -83,6 +83,7 @@ struct MatvecFloat : MatvecStaging<F, T, TOK, gather> {
         reinterpret_cast<uint4*>(shared + at.x) + (block_at(k) * TOK + token) * 4 + taker();
 #pragma unroll
     for (int t = 0; t < kTogether; t++) {
+      if (token + t >= this->run.tokens) break;  // nobody reads their columns
       uint32_t v[4] = {in[t].x, in[t].y, in[t].z, in[t].w};
       if constexpr (kUnits) {
         const float unit = to_half(v, largest);

@@ -99,6 +99,8 @@ template <class F, class T>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
   if (p.rhs && plan.tokens <= 1)
     launch_gather<F, T, 1>(p, queue);
+  else if (p.rhs && plan.tokens <= 4)
+    launch_gather<F, T, 4>(p, queue);
   else if (p.rhs)
     launch_gather<F, T, 8>(p, queue);
   else if (plan.tokens <= 1)

@@ -102,6 +102,7 @@ struct MatvecInteger : MatvecFixed<F, T, TOK, gather> {
     char* x = shared + at.x + this->block_at(k) * kBlock + token * 32 + this->taker() * 8;
 #pragma unroll
     for (int t = 0; t < kTogether; t++) {
+      if (token + t >= this->run.tokens) break;  // nobody reads their columns
       float f[8];
       const float scale = Base::template fix<22>(in[t], f, about + t, largest);
       uint32_t z[8];  // limb 2 + 128, limb 1 + 128, limb 0

@@ -190,8 +190,12 @@ constexpr bool matvec_sorts(const MatvecSizes::Layout& at, int64_t rows, int64_t
   return rows <= 512 && matrices * kMatvecSortBytes + 128 <= at.ring - at.x;
 }
 
+#ifndef FOUR
+#define FOUR 2
+#endif
 constexpr int matvec_gather_tokens(const Problem& p) {
-  return p.M == 1 && matvec_pair_by_pair(p.M, p.pairs) ? 1 : 8;
+  if (matvec_pair_by_pair(p.M, p.pairs)) return matvec_tokens(p.M);
+  return p.pairs * p.M <= FOUR * p.matrices ? 4 : 8;
 }
 constexpr Plan matvec_gather_plan(const Problem& p, const Device& device) {
   const FormatInfo& f = kFormats[int(p.format)];
