@@ -197,11 +197,11 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
         reinterpret_cast<float*>(shared + at.sums) + team * Shape::kRooms * one_room;
     auto* room = rooms;
     int waiting = 0, turn = member;  // turn: this warp's next slice of the stage
-    for (int tile = 0; tile < tiles; tile++) {
-      if (teams > 1 && tile % teams != team) {
-        for (int k = k0; k < k1; k += at.codes) this->next_place(place);
-        continue;
-      }
+    const int of_tile = teams > 1 ? int(uint32_t(k1 - k0 + at.codes - 1) / at.codes) : 0;
+    int passed = 0;  // tiles whose stages `place` has behind it
+    for (int tile = team; tile < tiles; tile += teams) {
+      if (teams > 1) this->skip_places(place, (tile - passed) * of_tile);
+      passed = tile + 1;
       float y[NT][4] = {};
 #pragma unroll 1
       for (int k = k0; k < k1; k += at.codes) {
@@ -254,6 +254,7 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
         room = rooms + (room == rooms ? one_room : 0);
       waiting = 0;
     }
+    if (teams > 1) this->skip_places(place, (tiles - passed) * of_tile);
     if (unit == 0.0f) {
       const MatvecBlock own = *this;  // whose address may escape: this one stays in registers
       own.template run_extreme<split, qx>();

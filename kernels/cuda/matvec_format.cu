@@ -49,6 +49,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   const int teams = a.teams = at_once < all ? at_once : all;
   a.tiles = all / teams, a.more_tiles = all % teams;
   a.at = sizes.layout(a.part, split ? (all + teams - 1) / teams : 0, device.shared_bytes);
+  a.at.teams = sizes.teams(a.at, a.tiles);
   queue.run(matvec_kernel<F, T, TOK, split, qx>, dim3(teams * parts), dim3(Shape::kThreads),
             size_t(a.at.bytes), parts, a);
 }
@@ -64,6 +65,7 @@ void launch_gather(const Product& p, Queue& queue) {
   a.tiles = int((p.N + Shape::kRows - 1) / Shape::kRows);
   a.at = Shape::kSizes.layout(a.part, 0, device.shared_bytes, true);
   const int blocks = device.processors, rows = a.gathered.count;
+  a.at.teams = Shape::kSizes.teams(a.at, int64_t(rows) * a.tiles / blocks);
   if (matvec_pair_by_pair(p.M, p.pairs)) {
     // No list.
   } else if (matvec_sorts(a.at, rows, p.w.matrices)) {

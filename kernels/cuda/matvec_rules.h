@@ -36,7 +36,10 @@ struct MatvecSizes {
   // the ring allows: at most this. mxfp8's ring is too short for 4, and one team meets after
   // each tile: 4096x14336 at M = 4 20.8 us, 18.7 with two (H200, 2026-11-29). With affine codes
   // of 8 bits two were no gain.
-  constexpr int most_teams() const { return tokens != 8 && tokens != 4 ? 1 : e4m3() ? 2 : 4; }
+  constexpr int most_teams() const {
+    if (tokens > 8 || (tokens == 1 && (e4m3() || (affine && bits != 3)))) return 1;
+    return e4m3() ? 2 : 4;
+  }
   static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
   // Slices in a stage: long rows make few copies, short ones come and go sooner, which few
   // tiles a block want; and less than 3 stages keep too little under way. 16 and 8 slices,
@@ -124,6 +127,14 @@ struct MatvecSizes {
     const int of_tile = (padded + at.codes - 1) / at.codes;
     at.teams = at.stages < 1 + (most_teams() - 1) * of_tile ? 1 : most_teams();
     return at;
+  }
+  // Teams of a block that has about `tiles` tiles: with one row of x each should have one. 1, 2
+  // and 4 teams, nvfp4 4096x28672 24.7, 24.1 and 22.9 us, 4096x14336 14.7, 14.3 and 13.9,
+  // 4096x6144 8.3, 8.1 and 8.2, 4096x4096 6.85, 6.8 and 6.9; 3-bit 17.0, 17.0 and 16.7, 10.4,
+  // 10.4 and 10.2, 6.5, 6.5 and 6.7, 5.5, 5.5 and 5.7; experts, 4 tokens, 27.9, 27.0 and 26.6
+  // (H200, 2026-11-29).
+  constexpr int teams(const Layout& at, int64_t tiles) const {
+    return tokens == 1 && tiles < at.teams ? 1 : at.teams;
   }
   // K of each of `split` parts: whole units of slices.
   constexpr int64_t part(int64_t K, int split) const {

@@ -129,6 +129,12 @@ struct MatvecStaging {
     p.stage += at.stage;
     if (++p.index == uint32_t(at.stages)) p = {base + at.ring, 0, p.round + 1};
   }
+  // Past `count` stages, no more than the ring has.
+  __device__ __forceinline__ void skip_places(Place& p, int count) const {
+    p.stage += count * at.stage, p.index += count;
+    if (p.index < uint32_t(at.stages)) return;
+    p.stage -= at.stages * at.stage, p.index -= at.stages, p.round++;
+  }
   __device__ uint32_t full(const Place& p) const { return base + 16 * p.index; }
   __device__ uint32_t empty(const Place& p) const { return base + 16 * p.index + 8; }
 
