@@ -45,7 +45,11 @@ struct MatvecSizes {
   // tiles a block want; and less than 3 stages keep too little under way. 16 and 8 slices,
   // 4-bit: 4096x14336 M = 8 14.6 and 13.5 us, 4096x4096 M = 1 6.3 and 6.1, M = 4 6.7 and 6.8,
   // experts of 16 tokens 77.6 and 80.2 (H200, 2026-11-23).
-  constexpr int in_stage(bool gather) const { return gather || tokens == 4 ? 16 : 8; }
+  // With one long row of x 3-bit 14336x4096 takes 10.5 us with 16 and 10.8 with 8, nvfp4 14.0
+  // and 14.4, with 4096x4096 5.8 and 5.5, 7.4 and 6.9 (H200, 2026-11-29).
+  constexpr int in_stage(int64_t part, bool gather) const {
+    return gather || tokens == 4 || (most_teams() > 1 && tokens == 1 && part > 8192) ? 16 : 8;
+  }
   static constexpr int kFewStages = 3;
   constexpr int scale_size() const { return affine ? 2 : 1; }
   constexpr int slice_scales() const { return kSlice / group * scale_size(); }  // bytes: 4..16
@@ -110,7 +114,7 @@ struct MatvecSizes {
     at.parts = at.table + (folded() ? 1024 : 0);
     at.ring = (at.parts + tiles * kRows * tokens * 4 + 127) / 128 * 128;
     const int units = (padded / kSlice + unit() - 1) / unit();
-    const int most = in_stage(gather) / unit();
+    const int most = in_stage(part, gather) / unit();
     int in_one = most < units ? most : units;  // units in a stage
     for (;; in_one = (in_one + 1) / 2) {
       at.codes = in_one * unit() * kSlice;
@@ -192,7 +196,10 @@ constexpr bool matvec_quantizes(Format format) {
 inline constexpr int kMatvecSortBytes = 16 * 2 + 4;
 
 // Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, so that
-// each matrix that is hit is read once for 8 rows.
+// each matrix that is hit is read once for some rows. One by one and sorted, experts as below, 4
+// tokens: 3-bit 28.5 and 34.0 us, 4-bit 31.9 35.0, 8-bit 50.4 54.7, mxfp8 52.1 53.6, nvfp4 35.9
+// 37.1; 6 tokens: 44.1 42.9 (with 3 bits as floats), 44.9 46.4, 73.0 74.6, 76.8 74.6, 49.0 48.0
+// (H200, 2026-11-29).
 constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 32; }
 
 // Whether each block sorts them for itself, a row a thread, in the shared memory of x and of
@@ -201,12 +208,12 @@ constexpr bool matvec_sorts(const MatvecSizes::Layout& at, int64_t rows, int64_t
   return rows <= 512 && matrices * kMatvecSortBytes + 128 <= at.ring - at.x;
 }
 
-#ifndef FOUR
-#define FOUR 2
-#endif
+// Rows of x in a tile. Tiles of 4 and of 8, experts 4096x1408, 128 of them, 8 a token, 8 / 16 /
+// 32 tokens: 4-bit 49.7 51.0, 78.0 83.1, 107 107 us; 8-bit 87.6 95.7, 132 151, 181 201; 3-bit
+// 50.6 50.0, 75.2 77.2, 103 102; nvfp4 57.5 59.4, 87.0 90.4, 126 124 (H200, 2026-11-29).
 constexpr int matvec_gather_tokens(const Problem& p) {
   if (matvec_pair_by_pair(p.M, p.pairs)) return matvec_tokens(p.M);
-  return p.pairs * p.M <= FOUR * p.matrices ? 4 : 8;
+  return p.pairs * p.M <= 2 * p.matrices ? 4 : 8;
 }
 constexpr Plan matvec_gather_plan(const Problem& p, const Device& device) {
   const FormatInfo& f = kFormats[int(p.format)];
