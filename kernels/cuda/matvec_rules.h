@@ -22,7 +22,9 @@ struct MatvecSizes {
   constexpr bool integer() const {
     return in_place() || (affine && ((tokens == 1 && bits != 3) || (bits == 8 && tokens == 4)));
   }
-  // Whether codes meet x in the bytes in which they are stored (matvec_in_place.h).
+  // Whether codes meet x in the bytes in which they are stored (matvec_in_place.h). Otherwise
+  // and so, M = 1: 3-bit 4096x14336 12.3 and 10.2 us, 14336x4096 12.7 and 11.5, 4096x4096 6.1
+  // and 5.4; 4-bit 12.2 and 11.9, 11.9 and 11.4, 5.8 and 5.7 (H200, 2026-11-29).
   constexpr bool in_place() const {
     return affine && tokens == 1 && (bits == 3 || bits == 4) && group >= 64;
   }
@@ -196,10 +198,10 @@ constexpr bool matvec_quantizes(Format format) {
 inline constexpr int kMatvecSortBytes = 16 * 2 + 4;
 
 // Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, so that
-// each matrix that is hit is read once for some rows. One by one and sorted, experts as below, 4
-// tokens: 3-bit 28.5 and 34.0 us, 4-bit 31.9 35.0, 8-bit 50.4 54.7, mxfp8 52.1 53.6, nvfp4 35.9
-// 37.1; 6 tokens: 44.1 42.9 (with 3 bits as floats), 44.9 46.4, 73.0 74.6, 76.8 74.6, 49.0 48.0
-// (H200, 2026-11-29).
+// each matrix that is hit is read once for some rows. One by one and sorted, experts as below,
+// 4 tokens: 3-bit 28.5 and 34.0 us, 4-bit 31.9 35.0, 8-bit 50.4 54.7, mxfp8 52.1 53.6,
+// nvfp4 35.9 37.1; 6 tokens: 44.1 42.9 (with 3 bits as
+// floats), 44.9 46.4, 73.0 74.6, 76.8 74.6, 49.0 48.0 (H200, 2026-11-29).
 constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 32; }
 
 // Whether each block sorts them for itself, a row a thread, in the shared memory of x and of
