@@ -67,7 +67,7 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
   using Base::a, Base::at, Base::shared, Base::base, Base::warp, Base::lane, Base::g, Base::c;
   using Base::k0, Base::k1;
   using Base::kBatch, Base::kTogether, Base::kStride;
-  using Base::kSlice, Base::kRows, Base::kBarrier, Base::kMostTeams;
+  using Base::kSlice, Base::kRows, Base::kBarrier;
   using typename Base::Shape, typename Base::Place, typename Base::Slice;
   static constexpr int NT = Shape::kColumnTiles;
 
@@ -105,7 +105,7 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
   template <bool qx>
   __device__ __forceinline__ float stage_x(bool first) const {
     // No team reads what was there before. (One alone has met since it did.)
-    if (kMostTeams > 1 && !first) sync_threads<Shape::kWorkers>(kBarrier);
+    if (Shape::kMostTeams > 1 && !first) sync_threads<Shape::kWorkers>(kBarrier);
     for (int i = warp * 32 + lane; i < Shape::kZeros / 4; i += Shape::kWorkers)
       reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
     this->fill_table();
@@ -186,8 +186,8 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
   // How many teams there are is part of the text: as a variable it took 3-bit experts 10 %.
   template <bool split = false, bool qx = false>
   __device__ __forceinline__ void multiply(Place& place, float unit) const {
-    if (kMostTeams > 1 && at.teams > 1)
-      multiply_by<split, qx, kMostTeams>(place, unit);
+    if (Shape::kMostTeams > 1 && at.teams > 1)
+      multiply_by<split, qx, Shape::kMostTeams>(place, unit);
     else
       multiply_by<split, qx, 1>(place, unit);
   }

@@ -38,11 +38,8 @@ struct MatvecSizes {
   // the ring allows: at most this. mxfp8's ring is too short for 4, and one team meets after
   // each tile: 4096x14336 at M = 4 20.8 us, 18.7 with two (H200, 2026-11-29). With affine codes
   // of 8 bits two were no gain.
-  // 3-bit codes with one row of x gain too little for the text of both where no indices choose
-  // matrices: 4096x4096 5.5 and 5.8, 14336x4096 10.5 and 11.1 (H200, 2026-11-29).
-  constexpr int most_teams(bool gather) const {
-    if (tokens > 8) return 1;
-    if (tokens == 1) return e4m3() || (affine && !(gather && bits == 3)) ? 1 : 4;
+  constexpr int most_teams() const {
+    if (tokens > 8 || (tokens == 1 && (e4m3() || (affine && bits != 3)))) return 1;
     return e4m3() ? 2 : 4;
   }
   static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
@@ -53,8 +50,7 @@ struct MatvecSizes {
   // With one long row of x 3-bit 14336x4096 takes 10.5 us with 16 and 10.8 with 8, nvfp4 14.0
   // and 14.4, with 4096x4096 5.8 and 5.5, 7.4 and 6.9 (H200, 2026-11-29).
   constexpr int in_stage(int64_t part, bool gather) const {
-    const bool slow = affine ? bits == 3 : bits == 4;  // products take longer than copies
-    return gather || tokens == 4 || (tokens == 1 && slow && part > 8192) ? 16 : 8;
+    return gather || tokens == 4 || (most_teams() > 1 && tokens == 1 && part > 8192) ? 16 : 8;
   }
   static constexpr int kFewStages = 3;
   constexpr int scale_size() const { return affine ? 2 : 1; }
@@ -135,7 +131,7 @@ struct MatvecSizes {
     // past those of the others, finds the ring at most one round behind only if it is longer
     // than they are together.
     const int of_tile = (padded + at.codes - 1) / at.codes;
-    at.teams = at.stages < 1 + (most_teams(gather) - 1) * of_tile ? 1 : most_teams(gather);
+    at.teams = at.stages < 1 + (most_teams() - 1) * of_tile ? 1 : most_teams();
     return at;
   }
   // Teams of a block that has about `tiles` tiles: with one row of x each should have one. 1, 2

@@ -58,6 +58,7 @@ struct MatvecShape {
                                       : TOK == 1 ? 1
                                                  : (3 * TOK + 7) / 8;
   static constexpr int kWarps = kSizes.kWarps, kWorkers = 32 * kWarps;
+  static constexpr int kMostTeams = kSizes.most_teams();
   static constexpr int kCopyWarps = kSizes.kCopyWarps;
   static constexpr int kThreads = kWorkers + 32 * kCopyWarps;
   static constexpr int kSlice = kSizes.kSlice, kRows = kSizes.kRows;
@@ -90,7 +91,6 @@ struct MatvecStaging {
   // Barriers: of the warps that multiply, of those that copy, of all when both have begun, and
   // of the first team.
   static constexpr int kBarrier = 1, kCopyBarrier = 2, kBegun = 3, kTeamBarrier = 4;
-  static constexpr int kMostTeams = Shape::kSizes.most_teams(gather);
 
   const MatvecArgs& a;
   const MatvecSizes::Layout& at;
@@ -155,8 +155,8 @@ struct MatvecStaging {
     // M = 8: 12.9 us so, 14.0 otherwise; M = 1: 12.6 and 12.4; H200, 2026-11-28).
     constexpr int kInitialisers = TOK < 8 ? Shape::kCopyWarps : 1;
     if (lane == 0 && mine < kInitialisers) {
-      const bool one_team = kMostTeams == 1 || at.teams == 1;
-      const int team_warps = one_team ? Shape::kWarps : Shape::kWarps / kMostTeams;
+      const bool one_team = Shape::kMostTeams == 1 || at.teams == 1;
+      const int team_warps = one_team ? Shape::kWarps : Shape::kWarps / Shape::kMostTeams;
 #pragma unroll 1
       for (int i = mine; i < at.stages; i += kInitialisers) {
         init_barrier(base + 16 * i, (bulk ? 1 : 32) * Shape::kCopyWarps);
