@@ -244,7 +244,7 @@ inline std::vector<Case> product_cases(bool quick) {
       for (int way = 0; way < (f.affine() ? 2 : 3); way++) {
         for (const Shape& s : kQuickShapes)
           add(f.format, Dtype(turn++ % 3), way != 1, way == 2, s, nullptr, false);
-        for (int i : {1, 3, 7})  // pair by pair, and in tiles of 8 and of 4 rows
+        for (int i : {1, 3, 7, 9})  // pair by pair, and in tiles of 8 and of 4 rows
           add(f.format, Dtype(turn++ % 3), way != 1, way == 2, {1, 40, 160}, &kGatherShapes[i],
               false);
         turn++;
