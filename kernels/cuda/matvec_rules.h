@@ -215,7 +215,7 @@ constexpr bool matvec_sorts(const MatvecSizes::Layout& at, int64_t rows, int64_t
 // 50.6 50.0, 75.2 77.2, 103 102; nvfp4 57.5 59.4, 87.0 90.4, 126 124 (H200, 2026-11-29).
 constexpr int matvec_gather_tokens(const Problem& p) {
   if (matvec_pair_by_pair(p.M, p.pairs)) return matvec_tokens(p.M);
-  return p.pairs * p.M <= 2 * p.matrices ? 4 : 8;
+  return p.M <= 4 && p.pairs * p.M <= 2 * p.matrices ? 4 : 8;
 }
 constexpr Plan matvec_gather_plan(const Problem& p, const Device& device) {
   const FormatInfo& f = kFormats[int(p.format)];

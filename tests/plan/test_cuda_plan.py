@@ -187,8 +187,10 @@ def test_quantized_bfloat16_takes_the_place_of_x(qq_fmt, M, kernel):
     "device, pairs, kernel, tokens, how",
     [
         (H200, 8, MATVEC, 1, "pair by pair"),
-        (H200, 16, MATVEC, 1, "pair by pair"),
-        (H200, 17, MATVEC, 8, "sorted"),
+        (H200, 32, MATVEC, 1, "pair by pair"),
+        (H200, 33, MATVEC, 4, "sorted"),
+        (H200, 256, MATVEC, 4, "sorted"),
+        (H200, 257, MATVEC, 8, "sorted"),
         (H200, 1280, MATVEC, 8, "sorted"),
         (H200, 32768, MATMUL, None, "sorted"),
         (A100, 32768, MATVEC, 8, "sorted"),
@@ -209,6 +211,12 @@ def test_experts_with_many_rows_take_the_widest_tile(fmt, pairs, tokens):
 def test_pairs_of_more_rows_than_a_tile_are_sorted(fmt):
     words, kernel, tokens, *_ = plan(fmt, 9, 256, 512, pairs=2, matrices=64)
     assert (kernel, tokens) == (MATVEC, 8) and "sorted" in words
+
+
+@pytest.mark.parametrize("M, pairs, tokens", [(2, 40, 4), (4, 40, 8), (5, 33, 8)])
+def test_tiles_of_four_rows_are_for_few_rows_a_matrix(fmt, M, pairs, tokens):
+    words, kernel, got, *_ = plan(fmt, M, 256, 512, pairs=pairs, matrices=64)
+    assert (kernel, got) == (MATVEC, tokens) and "sorted" in words
 
 
 def test_long_rows_of_x_are_split_over_a_cluster():
