@@ -138,37 +138,31 @@ struct MatvecBlock : MatvecProducts<F, T, TOK, gather> {
   __device__ __forceinline__ uint32_t store_all_x(int lifts) const {
     constexpr int NT = Shape::kTokenTiles;
     uint32_t largest = 0;
-    // One row is read ahead where that is faster: 14336x4096 3-bit 11.5 us without and 10.6
-    // with, 8-bit 18.4 and 17.8, 4-bit 11.5 and 12.0 (H200, 2026-11-29).
-    constexpr bool kAhead = TOK == 1 && F::kBits != 4;
     constexpr int kStep = kBatch * kStride;
-    const int first = k0 + warp * kSlice + lane * 8;
-    uint4 next[NT][kBatch][kTogether];
+    struct Batch {
+      uint4 x[NT][kBatch][kTogether];
+    };
+    Batch next;
     const auto load = [&](int k) {
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
-        this->load_x(k, 8 * nt, next[nt]);
-        if constexpr (qx) this->quantize(next[nt]);
+        this->load_x(k, 8 * nt, next.x[nt]);
+        if constexpr (qx) this->quantize(next.x[nt]);
       }
     };
-    if constexpr (kAhead) load(first);
+    const int first = k0 + warp * kSlice + lane * 8;
+    if constexpr (Shape::kAhead) load(first);
 #pragma unroll 1
     for (int k = first; k - lane * 8 < k1; k += kStep) {
-      if constexpr (!kAhead) load(k);
-      uint4 in[NT][kBatch][kTogether];
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-        for (int b = 0; b < kBatch; b++)
-#pragma unroll
-          for (int t = 0; t < kTogether; t++) in[nt][b][t] = next[nt][b][t];
-      if constexpr (kAhead) load(k + kStep);
+      if constexpr (!Shape::kAhead) load(k);
+      const Batch in = next;
+      if constexpr (Shape::kAhead) load(k + kStep);
 #pragma unroll
       for (int b = 0; b < kBatch; b++)
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
           if (k - lane * 8 + b * kStride < k1)
-            Base::store_x(k + b * kStride, 8 * nt, in[nt][b], lifts, largest);
+            Base::store_x(k + b * kStride, 8 * nt, in.x[nt][b], lifts, largest);
     }
     return largest;
   }

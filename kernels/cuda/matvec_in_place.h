@@ -35,11 +35,13 @@ struct CodeBytes<4> {
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = w[i], a[4 + i] = w[i] & 0x0f0f0f0fu;
   }
-  // Of the bytes of 8 codes that meet z, by kind, times 2^kUp.
+  // Of the bytes of 8 codes that meet z, by kind, times 2^kUp; `rest` where a word is left.
   static __device__ __forceinline__ void factors(const int (&z)[8], int (&f)[2][4], int&) {
 #pragma unroll
     for (int i = 0; i < 4; i++) f[0][i] = z[2 * i + 1], f[1][i] = 16 * z[2 * i] - f[0][i];
   }
+  // Word `piece` of a kind's, from the bytes that the four lanes of 32 codes have of it.
+  static __device__ __forceinline__ uint32_t word(uint32_t bytes, int) { return bytes; }
 };
 
 // Three bytes of 8 codes, from bit 0 on:
@@ -79,6 +81,10 @@ struct CodeBytes<3> {
     f[2][2] = 32 * z[6] - f[0][2];
     rest = 512 * z[2] - f[0][1];
   }
+  static __device__ __forceinline__ uint32_t word(uint32_t bytes, int piece) {
+    const uint32_t next = __shfl_down_sync(0xffffffffu, bytes, 1);
+    return __byte_perm(bytes, next, piece == 0 ? 0x4210 : piece == 1 ? 0x5421 : 0x6542);
+  }
 };
 
 template <class F, class T, bool gather>
@@ -89,6 +95,9 @@ struct MatvecInPlace : MatvecFixed<F, T, 1, gather> {
   using Bytes = CodeBytes<F::kBits>;
   static constexpr int kUnitCodes = 128, kQuarter = 4 * 4 * 16;  // bytes of four words
   static constexpr int kSliceX = Shape::kZeros;
+  static_assert(kSliceX == 2 * Bytes::kWords * 4 * 4 * 4);  // units, limbs, lanes, bytes
+  // Whether a word is left beside those of the kinds: a byte of 8 codes.
+  static constexpr bool kRest = Bytes::kWords > Bytes::kKinds* Bytes::kCodeWords;
   // Sums of a limb are below 2^22, and 256 times that below 2^30.
   static_assert(Shape::kGroup == 64 || Shape::kGroup == 128);
 
@@ -119,21 +128,17 @@ struct MatvecInPlace : MatvecFixed<F, T, 1, gather> {
       char* const to = x + word_at(unit, kind * Bytes::kCodeWords + piece);
 #pragma unroll
       for (int limb = 0; limb < 4; limb++) {
-        uint32_t word = limbs[limb];
-        if constexpr (F::kBits == 3) {  // the bytes of four lanes to the words of three
-          const uint32_t next = __shfl_down_sync(0xffffffffu, word, 1);
-          word = __byte_perm(word, next, piece == 0 ? 0x4210 : piece == 1 ? 0x5421 : 0x6542);
-        }
+        const uint32_t word = Bytes::word(limbs[limb], piece);
         if (piece < Bytes::kCodeWords) *reinterpret_cast<uint32_t*>(to + limb * 64) = word;
       }
     }
-    if constexpr (F::kBits == 3) {
+    if constexpr (kRest) {
       const int some[4] = {rest, 0, 0, 0};
       uint32_t limbs[4];
       split(some, limbs);
 #pragma unroll
       for (int limb = 0; limb < 4; limb++)
-        x[word_at(unit, 9) + limb * 64 + piece] = char(limbs[limb]);
+        x[word_at(unit, Bytes::kWords - 1) + limb * 64 + piece] = char(limbs[limb]);
     }
   }
 

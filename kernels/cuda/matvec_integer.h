@@ -93,6 +93,7 @@ struct MatvecInteger : MatvecFixed<F, T, TOK, gather> {
   // of slot q / 4, and limb 3, which there is not, collects biases. Other columns are never
   // read.
   static constexpr int kBlock = 3 * TOK * 32;  // bytes of x for a block of 32 codes
+
   // A slice of x: limbs as [block of 32][limb][token][lane of the quad][8], and of each group
   // and token its unit and its sum.
   __device__ __forceinline__ void store_x(int k, int token, const uint4 (&in)[kTogether], int,

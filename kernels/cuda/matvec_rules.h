@@ -39,9 +39,15 @@ struct MatvecSizes {
   // each tile: 4096x14336 at M = 4 20.8 us, 18.7 with two (H200, 2026-11-29). With affine codes
   // of 8 bits two were no gain.
   constexpr int most_teams() const {
-    if (tokens > 8 || (tokens == 1 && (e4m3() || (affine && bits != 3)))) return 1;
+    if (tokens > 8 || (tokens == 1 && !slow())) return 1;
     return e4m3() ? 2 : 4;
   }
+  // One row of x whose products take longer than its copies.
+  constexpr bool slow() const { return tokens == 1 && (affine ? bits == 3 : bits == 4); }
+  // Whether x is read ahead while some of it is staged. Without and with, 14336x4096:
+  // 3-bit 11.5 and 10.6 us, 8-bit 18.4 and 17.8, 4-bit 11.5 and 12.0 (H200, 2026-11-29; e2m1
+  // not measured).
+  constexpr bool reads_ahead() const { return tokens == 1 && bits != 4; }
   static constexpr int kSlice = 256, kRows = 16;  // a warp's turn: codes of each of these rows
   // Slices in a stage: long rows make few copies, short ones come and go sooner, which few
   // tiles a block want; and less than 3 stages keep too little under way. 16 and 8 slices,
@@ -50,7 +56,7 @@ struct MatvecSizes {
   // With one long row of x 3-bit 14336x4096 takes 10.5 us with 16 and 10.8 with 8, nvfp4 14.0
   // and 14.4, with 4096x4096 5.8 and 5.5, 7.4 and 6.9 (H200, 2026-11-29).
   constexpr int in_stage(int64_t part, bool gather) const {
-    return gather || tokens == 4 || (most_teams() > 1 && tokens == 1 && part > 8192) ? 16 : 8;
+    return gather || tokens == 4 || (slow() && part > 8192) ? 16 : 8;
   }
   static constexpr int kFewStages = 3;
   constexpr int scale_size() const { return affine ? 2 : 1; }
@@ -199,9 +205,9 @@ inline constexpr int kMatvecSortBytes = 16 * 2 + 4;
 
 // Gathered: so few pairs are multiplied one by one. More are sorted by matrix before, so that
 // each matrix that is hit is read once for some rows. One by one and sorted, experts as below,
-// 4 tokens: 3-bit 28.5 and 34.0 us, 4-bit 31.9 35.0, 8-bit 50.4 54.7, mxfp8 52.1 53.6,
-// nvfp4 35.9 37.1; 6 tokens: 44.1 42.9 (with 3 bits as
-// floats), 44.9 46.4, 73.0 74.6, 76.8 74.6, 49.0 48.0 (H200, 2026-11-29).
+// 4 and 6 tokens: 3-bit (as floats) 32.2 34.0, 44.1 42.9 us; 4-bit 31.9 35.0, 44.9 46.4; 8-bit
+// 50.4 54.7, 73.0 74.6; mxfp8 52.1 53.6, 76.8 74.6; nvfp4 35.9 37.1, 49.0 48.0 (H200,
+// 2026-11-29).
 constexpr bool matvec_pair_by_pair(int64_t M, int64_t pairs) { return M <= 8 && pairs <= 32; }
 
 // Whether each block sorts them for itself, a row a thread, in the shared memory of x and of

@@ -68,6 +68,7 @@ struct MatvecShape {
   static constexpr int kGroup = F::kGroup, kSpan = kSizes.span();
   static constexpr bool kAffine = F::kHasBias, kFolded = kSizes.folded();
   static constexpr bool kE4m3 = kSizes.e4m3(), kInPlace = kSizes.in_place();
+  static constexpr bool kAhead = kSizes.reads_ahead();
   static constexpr int kScaleSize = kSizes.scale_size();
   // Fewer than 8 tokens leave columns of the accumulators free: the groups of `kSlots` spans
   // take turns in them, and scales are applied once for all of these.
