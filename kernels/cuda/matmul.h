@@ -11,7 +11,7 @@
 //     one more warpgroup
 //       a lane          tensor copies: codes, a unit (128 k) wide, and x, 64 k wide, of which
 //                       each block copies its share of a tile's tokens to all that share it
-//       two warps       scales and biases to shared memory, widened to what the decoder wants
+//       other warps     scales and biases to shared memory, widened to what the decoder wants
 //                       (matmul_scales.cuh)
 //
 // Shared memory: ring of stages, a unit each (x, where it is not apart; codes; scales) | x, a
@@ -83,9 +83,9 @@ struct MatmulShape {
   static constexpr int kCodeBytes = kRows * kRowBytes;
   static constexpr int kPer64 = F::kGroup < 64 ? 64 / F::kGroup : 1;
   // Scales of a unit, row after row: of each group, or of each half of a group of 128, a
-  // scale or a scale and a bias.
-  static constexpr int kEntries = 2 * kPer64, kEntry = WeightPairs<F, T>::kBias ? 8 : 4;
-  static constexpr int kEntryRow = kEntries * kEntry;  // bytes: 16, 32 or 64
+  // scale or, as stored, a scale and a bias.
+  static constexpr int kEntries = 2 * kPer64, kEntry = kAffine ? 8 : 4;
+  static constexpr int kEntryRow = kEntries * kEntry;  // bytes: 16 or 32
   // Within a stage.
   static constexpr int kCodesAt = kApart ? 0 : 2 * kXBytes;
   static constexpr int kEntriesAt = kCodesAt + kCodeBytes;
@@ -114,6 +114,10 @@ struct MatmulShape {
   // A split tile's sums lie where the ring was.
   static_assert(kOutAt >= kTokens * kRows * 4);
 
+  // A warp of scales skips the units of others, and must not come to a barrier two rounds of
+  // the ring after those that it waited for.
+  static constexpr int kScaleWarps = kApart || kStages < 5 ? 2 : 3;
+  static_assert(kStages >= 2 * kScaleWarps - 1);
   // Scales that a lane loads at once: of 256 k of one row.
   static constexpr int kScaleSize = kAffine ? 2 : 1;
   static constexpr int kBatchBytes = 256 / F::kGroup * kScaleSize;
@@ -179,33 +183,32 @@ struct MatmulBlock {
   // Of x apart.
   __device__ __forceinline__ uint32_t x_full(uint32_t slot) const { return full(slot) + 128; }
   __device__ __forceinline__ uint32_t x_empty(uint32_t slot) const { return full(slot) + 160; }
-  // Not zero: the warp of scales met some that the decoder cannot carry.
-  __device__ __forceinline__ uint32_t extreme_at(int warp) const {
-    return full(0) + 192 + 4 * warp;
-  }
+  // Not zero: a warp of scales met some that the decoder cannot carry.
+  __device__ __forceinline__ uint32_t extreme_at() const { return full(0) + 192; }
 
   __device__ void init() const {
     for (int i = 0; i < Shape::kStages; i++) {
-      init_barrier(full(i), 1 + 2 * kArrivals);
+      init_barrier(full(i), 1 + kArrivals);
       init_barrier(empty(i), 8 * kArrivals * (Shape::kApart ? 1 : a.share));
     }
     for (int i = 0; i < Shape::kXStages; i++) {
       init_barrier(x_full(i), 1);
       init_barrier(x_empty(i), 8 * kArrivals * a.share);
     }
+    store_shared(extreme_at(), 0);
     publish_barriers();
   }
 
   // After this the block's barriers are there, and where blocks signal each other's, theirs.
   // Whoever initialised them goes on at once if it can; nobody waits for the first scales.
-  enum Role { kInitialises, kIdles, kScales, kMultiplies };
+  enum Role { kInitialises, kCopies, kMultiplies };
   __device__ __forceinline__ void start(Role role) const {
-    constexpr int kMost = 128 * Shape::kGroups + 32, kOthers = Shape::kApart ? 128 : 96;
+    constexpr int kMost = 128 * Shape::kGroups + 32, kOthers = 128;
     if (a.share > 1)
       cluster_sync_relaxed();
     else if (role == kInitialises)
       arrive_threads<kMost>(0), arrive_threads<kOthers>(6);
-    else if (role == kScales)
+    else if (role == kCopies)
       sync_threads<kOthers>(6);
     else if (role == kMultiplies)
       sync_threads<kMost>(0);

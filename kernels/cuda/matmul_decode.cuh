@@ -3,11 +3,12 @@
 // A fragment of wgmma wants k = 8j+2c and 8j+2c+1 from lane c of a quad (c = lane % 4), for
 // each chunk j of 8 codes: `pair(words, j)`, words the row's from chunk 0 on. A chunk of B-bit
 // codes is B bytes and lane c's pair is 2B bits of it, from bit 2Bc on. So all four lanes read
-// the same words of a row, and each takes its own part. Codes become elements of T exactly;
-// what is rounded is scale * code + bias, once.
+// the same words of a row, and each takes its own part; of 8 bits each reads its pairs alone
+// (`own_pair`), which takes half as long of what shared memory delivers. Codes become elements
+// of T exactly; what is rounded is scale * code + bias, once.
 //
-// Instructions per pair and lane, bf16: 4 and 8 bits 3, 3 bits 3.75, e2m1 4.5, e4m3 5; fp16 one
-// more.
+// Instructions per pair and lane, bf16: 8 bits 2, 4 bits 3, 3 bits 3.75, e2m1 4.5, e4m3 5; fp16
+// one more.
 #pragma once
 
 #include <type_traits>
@@ -87,10 +88,13 @@ struct Pairs<Unsigned<B>, T> {
   uint32_t select;  // bytes for permute, or by how many bits to shift
   int c;
   __device__ explicit Pairs(int c)
-      : select(B == 8   ? uint32_t(2 * c) * 0x0011u | uint32_t(2 * c + 1) * 0x1100u
-               : B == 4 ? uint32_t(c) * 0x0101u | 0x4040u
-                        : uint32_t(2 * B * c) % 32),
-        c(c) {}
+      : select(B == 4 ? uint32_t(c) * 0x0101u | 0x4040u : uint32_t(2 * B * c) % 32), c(c) {}
+
+  // Of 8 bits a lane reads its pairs alone.
+  static __device__ __forceinline__ uint32_t own_pair(uint32_t codes, GroupPair g) {
+    static_assert(B == 8);
+    return clean(permute(codes, 0, 0x4140), g);
+  }
 
   // Four bytes of a row, from byte 4 * i on, once the row is shifted so that this lane's pair
   // of chunk j begins at byte B * j.
@@ -110,9 +114,7 @@ struct Pairs<Unsigned<B>, T> {
     const int at = B * j % 4;
     const uint32_t two_bytes = uint32_t(at) * 0x0101u | uint32_t(at + 1) * 0x1010u;
     uint32_t u;
-    if constexpr (B == 8)
-      u = permute(w[2 * j], w[2 * j + 1], select);
-    else if constexpr (B == 4)
+    if constexpr (B == 4)
       u = permute(w[j], 0, select);
     else if constexpr (B < 4)
       u = permute(word_at(w, B * j / 4), 0, uint32_t(at) * 0x0101u | 0x4040u);
@@ -182,13 +184,8 @@ struct Pairs<E2m1, T> {
 template <class T>
 struct Pairs<E4m3, T> {
   static constexpr int kLift = Half<T>::kLiftE4m3;
-  uint32_t select;
-  __device__ explicit Pairs(int c)
-      : select(uint32_t(2 * c) * 0x0011u | uint32_t(2 * c + 1) * 0x1100u) {}
-  template <int n>
-  __device__ __forceinline__ uint32_t lifted(const uint32_t (&w)[n], int j) const {
-    return lifted(permute(w[2 * j], w[2 * j + 1], select));
-  }
+  __device__ explicit Pairs(int) {}
+  // The codes of a pair, twice each.
   static __device__ __forceinline__ uint32_t lifted(uint32_t u) {
     constexpr int kUp = Half<T>::kMantissaBits - 3;
     return mask_or<0x80008000u>(u, (u << kUp) & (0x007f007fu << kUp));
@@ -215,9 +212,8 @@ struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
   using Pairs<E4m3, bf16>::Pairs;
   static constexpr bool kBias = false, kByTwo = false, kExtreme = true;
   static constexpr int kAlphaExponent = 32;
-  template <int n>
-  __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[n], int j, GroupPair g) const {
-    return Half<bf16>::multiply(lifted(w, j), g.scale);
+  static __device__ __forceinline__ uint32_t own_pair(uint32_t codes, GroupPair g) {
+    return Half<bf16>::multiply(lifted(permute(codes, 0, 0x1100)), g.scale);
   }
   // Beyond these bytes the scale, or the weights' last bits, leave bf16's range.
   static constexpr uint32_t kLeast = 35, kMost = 166;
@@ -306,6 +302,43 @@ struct WeightPairs<Mxfp4, bf16> : TwelvePairs {
                                        : (byte + uint32_t(kUp)) << 7;
     return s | s << 16;
   }
+};
+
+// Whether any of many scales is one that WeightPairs cannot carry, four bytes as stored at a
+// time: the least and the largest of their magnitudes, of e8m0 bytes plus one with 255 as 0; 0
+// itself is none.
+template <class F, class T>
+class Extremes {
+  using Weights = WeightPairs<F, T>;
+
+ public:
+  __device__ __forceinline__ void add(uint32_t stored) {
+    if constexpr (F::kHasBias) {
+      add_pair(stored & 0x7fff7fffu);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        add_pair(((stored >> 8 * i & 0x00ff00ffu) + 0x00010001u) & 0x00ff00ffu);
+    }
+  }
+  __device__ __forceinline__ bool any() const {
+    if constexpr (!Weights::kExtreme)
+      return false;
+    else {
+      constexpr uint32_t kOne = F::kHasBias ? 0 : 1;  // what was added
+      constexpr uint32_t kLeast = Weights::kLeast + kOne - 1, kMost = Weights::kMost + kOne;
+      return (least_ & 0xffffu) < kLeast || least_ >> 16 < kLeast ||
+             (most_ & 0xffffu) > kMost || most_ >> 16 > kMost;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void add_pair(uint32_t v) {
+    least_ = __viaddmin_u16x2(v, 0xffffffffu, least_);
+    most_ = __vmaxu2(v, most_);
+  }
+
+  uint32_t least_ = 0xffffffffu, most_ = 0;  // halves apart; less one; as they are
 };
 
 }  // namespace lowbit::cuda

@@ -8,6 +8,16 @@
 // 27, both together 57 (82 with 64 tokens' 64). Byte permutes and logic have half the rate of
 // multiply-adds, so they are what to save. mma.sync in wgmma's place takes as long with 16
 // tokens and longer with more, and so do multiplies in batches of four.
+//
+// What bounds 64 tokens (4-bit, 4096x14336, 21.6 us) is shared memory: for 128 rows and 128 k
+// it delivers x to the tensor cores in 256 cycles, codes in 256 (four lanes read the same 16
+// bytes, and a load takes as many cycles as it fills registers), scales in 64, and takes the
+// copies in 210, where the tensor cores need 512; a unit takes 830. Without decoding 17.6 us,
+// without loads of codes 16.0, without multiplying 12.9. With x in an order in which each
+// lane's codes lie beside each other, and are read once, 19.7 (8-bit 24.6, nvfp4 21.4), but to
+// bring x into that order takes a kernel of 2.5 us, 1.8 where ours begins beside it
+// (programmatic dependent launch); by warps of the block, through registers, 33.8 us: too few
+// loads are under way. (H200, 2026-11-29.)
 #pragma once
 
 #include "matmul.h"
@@ -38,16 +48,22 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
           ? 4
           : 2;
   static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;  // of 8 k, of 16 k
-  static constexpr int kWords = kChunks * F::kBits / 4;
-  static constexpr int kPieceGroups = F::kGroup * kPieces < 128 ? 128 / kPieces / F::kGroup : 1;
+  // Codes of a row: words, or of 8 bits this lane's pairs.
+  static constexpr bool kOwn = F::kBits == 8;
+  static constexpr int kWords = kOwn ? kChunks : kChunks * F::kBits / 4;
   static constexpr int kCodeLoad = kWords % 4 == 0 ? 16 : 8;  // bytes
   static constexpr int kTurns = Shape::kSwizzle ? Shape::kSwizzle / 16 : 1;
+  struct Piece {
+    uint32_t words[2][kWords];
+  };
+  // Scales, and biases: of a piece, or of kShared pieces that lie in one group.
+  static constexpr int kShared = kPieces > Shape::kEntries ? kPieces / Shape::kEntries : 1;
+  static constexpr int kPieceGroups = F::kGroup * kPieces < 128 ? 128 / kPieces / F::kGroup : 1;
   static constexpr int kEntryBytes = kPieceGroups * Shape::kEntry;
   static constexpr int kEntryLoad = kEntryBytes < 16 ? kEntryBytes : 16;
   static constexpr int kEntryTurns = Shape::kEntryRow / 16;
-  struct Piece {
-    uint32_t words[2][kWords];
-    GroupPair groups[2][kPieceGroups];
+  struct Groups {
+    GroupPair of[2][kPieceGroups];
   };
   // Steps (of 16 k) that are decoded, and then multiplied, together.
   static constexpr int kBatch = kTokens <= 64 ? 2 : 1;
@@ -58,6 +74,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   // is 8 rows on.
   uint32_t code_at[kTurns], entry_at[kEntryTurns];
   uint32_t peer;  // the other block that shares x
+  Piece pieces[2];
+  Groups groups[2];
   UnitRing unit;  // this warpgroup's next
   XRing x;        // where x is apart
 
@@ -71,8 +89,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
     const int row = half * 64 + warp * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < kTurns; i++)
-      code_at[i] =
-          Shape::kCodesAt + row * Shape::kRowBytes + (i ^ turn_of(row, Shape::kSwizzle)) * 16;
+      code_at[i] = Shape::kCodesAt + row * Shape::kRowBytes +
+                   (i ^ turn_of(row, Shape::kSwizzle)) * 16 + (kOwn ? lane % 4 * 2 : 0);
 #pragma unroll
     for (int i = 0; i < kEntryTurns; i++)
       entry_at[i] = Shape::kEntriesAt + row * Shape::kEntryRow +
@@ -82,43 +100,58 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   }
 
   template <int p>
-  __device__ __forceinline__ void load(Piece& piece, uint32_t stage) const {
+  __device__ __forceinline__ void load(uint32_t stage) {
+    Piece& piece = pieces[p % 2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+      const uint32_t row = stage + r * 8 * Shape::kRowBytes;
+      if constexpr (kOwn) {
 #pragma unroll
-      for (int i = 0; i < kWords * 4; i += kCodeLoad) {
-        const int at = p * kWords * 4 + i;  // in the row
-        const uint32_t from =
-            Shape::kSwizzle ? code_at[at / 16 % kTurns] + at % 16 : code_at[0] + uint32_t(at);
-        load_shared<kCodeLoad>(from + stage + r * 8 * Shape::kRowBytes, &piece.words[r][i / 4]);
+        for (int i = 0; i < kChunks; i++) {
+          const int at = (p * kChunks + i) * 8;
+          load_shared<2>(code_at[at / 16 % kTurns] + at % 16 + row, &piece.words[r][i]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kWords * 4; i += kCodeLoad) {
+          const int at = p * kWords * 4 + i;  // in the row
+          const uint32_t from =
+              Shape::kSwizzle ? code_at[at / 16 % kTurns] + at % 16 : code_at[0] + uint32_t(at);
+          load_shared<kCodeLoad>(from + row, &piece.words[r][i / 4]);
+        }
       }
-      constexpr int kFrom = p * Shape::kEntries / kPieces * Shape::kEntry;
-      uint32_t v[kEntryBytes / 4];
+      if constexpr (p % kShared == 0) load_groups<p>(stage, r);
+    }
+  }
+  template <int p>
+  __device__ __forceinline__ void load_groups(uint32_t stage, int r) {
+    constexpr int kFrom = p / kShared * kPieceGroups * Shape::kEntry, kWide = Shape::kEntry / 4;
+    uint32_t v[kEntryBytes / 4];
 #pragma unroll
-      for (int i = 0; i < kEntryBytes; i += kEntryLoad)
-        load_shared<kEntryLoad>(
-            entry_at[(kFrom + i) / 16] + (kFrom + i) % 16 + stage + r * 8 * Shape::kEntryRow,
-            &v[i / 4]);
+    for (int i = 0; i < kEntryBytes; i += kEntryLoad)
+      load_shared<kEntryLoad>(
+          entry_at[(kFrom + i) / 16] + (kFrom + i) % 16 + stage + r * 8 * Shape::kEntryRow,
+          &v[i / 4]);
 #pragma unroll
-      for (int i = 0; i < kPieceGroups; i++) {
-        if constexpr (Decode::kBias)
-          piece.groups[r][i] = {v[2 * i], v[2 * i + 1]};
-        else
-          piece.groups[r][i] = {v[i], 0};
-      }
+    for (int i = 0; i < kPieceGroups; i++) {
+      GroupPair& g = groups[p / kShared % 2].of[r][i];
+      g = {v[kWide * i], v[kWide * i + kWide - 1]};
+      if constexpr (Decode::kBias && !Shape::kAffine) g.bias = Decode::bias_of(g.scale);
     }
   }
 
-  // A for step s (16 k) of the piece.
-  __device__ __forceinline__ void decode_step(const Piece& piece, int s,
-                                              uint32_t (&operand)[4]) const {
+  // A for step s (16 k) of piece p.
+  __device__ __forceinline__ void decode_step(int p, int s, uint32_t (&operand)[4]) const {
     const auto group = [](int j) { return j * kPieceGroups / kChunks; };
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const auto& w = piece.words[r];
-      const auto& g = piece.groups[r];
+      const auto& w = pieces[p % 2].words[r];
+      const auto& g = groups[p / kShared % 2].of[r];
       const int j = 2 * s;
-      if constexpr (Decode::kByTwo) {
+      if constexpr (kOwn) {
+        operand[r] = decode.own_pair(w[j], g[group(j)]);
+        operand[2 + r] = decode.own_pair(w[j + 1], g[group(j + 1)]);
+      } else if constexpr (Decode::kByTwo) {
         decode.two_pairs(w, j, g[group(j)], g[group(j + 1)], operand[r], operand[2 + r]);
       } else {
         operand[r] = decode.pair(w, j, g[group(j)]);
@@ -135,8 +168,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
 
   // This warp has read what `empty` guards, here and, of x, for the other block.
   __device__ __forceinline__ void release(uint32_t empty, bool x) const {
-    __syncwarp();
-    if (lane < kArrivals) {
+    if (arrives()) {
       arrive(empty);
       if (x && a.share > 1) arrive_remote(remote_address(empty, peer));
     }
@@ -156,14 +188,13 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   // Of the tile's tokens the first `width`.
   template <int width>
   __device__ __forceinline__ void multiply_tile(Sums& sums) {
-    Piece pieces[2];
     uint32_t operands[2][kBatch][4] = {};
 #pragma unroll
     for (float& s : sums) s = 0.0f;
     const int count = Block::last_unit - Block::first_unit;
     if (parity < count) {
       wait_phase(Block::full(unit.slot), unit.parity);
-      load<0>(pieces[0], Block::stage(unit.slot));
+      load<0>(Block::stage(unit.slot));
     }
     uint32_t held = 0, held_x = 0;  // barriers of what multiplies under way read
     for (int u = parity; u < count; u += kParities) {
@@ -176,9 +207,9 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
         const int p = step / kSteps, s = step % kSteps;
         auto& operand = operands[step / kBatch % 2];
         auto& before = operands[step / kBatch % 2 ^ 1];
-        if (s == 0) load_next(p, pieces, stage, more);
+        if (s == 0) load_next(p, stage, more);
 #pragma unroll
-        for (int i = 0; i < kBatch; i++) decode_step(pieces[p % 2], s + i, operand[i]);
+        for (int i = 0; i < kBatch; i++) decode_step(p, s + i, operand[i]);
         if constexpr (Shape::kApart) {
           if (step % 4 == 0) {
             wait_phase(Block::x_full(x.slot), x.parity);
@@ -228,17 +259,16 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   }
 
   // Before piece p is decoded: the piece after it, maybe of the next unit.
-  __device__ __forceinline__ void load_next(int p, Piece (&pieces)[2], uint32_t stage,
-                                            bool more) {
+  __device__ __forceinline__ void load_next(int p, uint32_t stage, bool more) {
     if (p + 1 == kPieces) {
       if (!more) return;
       wait_phase(Block::full(unit.slot), unit.parity);
-      return load<0>(pieces[0], Block::stage(unit.slot));
+      return load<0>(Block::stage(unit.slot));
     }
-    if (p == 0) load<1>(pieces[1], stage);
+    if (p == 0) load<1>(stage);
     if constexpr (kPieces == 4) {
-      if (p == 1) load<2>(pieces[0], stage);
-      if (p == 2) load<3>(pieces[1], stage);
+      if (p == 1) load<2>(stage);
+      if (p == 2) load<3>(stage);
     }
   }
 

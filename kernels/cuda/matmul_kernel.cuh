@@ -145,8 +145,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather> {
     for (int p = 0; p < kMostSplit; p++)
       if (p < a.split) {
         const uint32_t rank = uint32_t(p * a.share + Block::share_rank);
-        met |= load_remote_word(remote_address(Block::extreme_at(0), rank)) |
-               load_remote_word(remote_address(Block::extreme_at(1), rank));
+        met |= load_remote_word(remote_address(Block::extreme_at(), rank));
       }
     return met != 0;
   }
@@ -216,13 +215,13 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
   uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
   asm volatile("" : "+r"(base));  // else the loops compute it again: 20 of 200 instructions
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
-  const int lane = int(threadIdx.x) % 32;
   using Writer = MatmulWriter<F, T, kTokens, kGather>;
   constexpr int kCopy = 4 * Shape::kGroups;  // the first warp that copies
   // Registers a thread: 3 * 168 = 2 * 224 + 56, 5 * 96 = 4 * 104 + 64.
   if (warp >= kCopy) {
     using Block = typename Writer::Block;
     const Block block(a, base, true);
+    const int lane = lane_id();
     if (warp == kCopy) {
       if (lane == 0) {
         prefetch_map(a.codes), prefetch_map(block.x_map());
@@ -231,22 +230,24 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       __syncwarp();
       block.start(Block::kInitialises);
     }
-    if (warp == kCopy + 1) block.start(Shape::kApart ? Block::kScales : Block::kIdles);
+    constexpr int kFirst = kCopy + 4 - Shape::kScaleWarps;
+    if (warp > kCopy && warp < kFirst) block.start(Block::kCopies);
     give_registers<Shape::kGroups == 2 ? 56 : 64>();
-    if (warp == kCopy && lane == 0) block.copy();
-    if (warp == kCopy + 1 && lane == 0) {
-      prefetch_map(a.y);
-      if constexpr (Shape::kApart) block.copy_apart();
+    if (warp == kCopy && lane == 0) {
+      block.copy();
+    } else if (warp >= kFirst) {
+      if (warp == kFirst && lane == 0) prefetch_map(a.y);
+      MatmulScales<F, T, kTokens, kGather>(block).copy_scales(warp - kFirst, lane);
+    } else if (Shape::kApart && lane == 0) {
+      block.copy_apart();
     }
-    if (warp >= kCopy + 2)
-      MatmulScales<F, T, kTokens, kGather>(block).copy_scales(warp - kCopy - 2, lane);
     __syncwarp();
     if (!kGather && a.split > 1) cluster_sync();
   } else {
     const typename Writer::Block block(a, base, false);
     block.start(Writer::kMultiplies);
     claim_registers<Shape::kGroups == 2 ? 224 : 104>();
-    Writer group(block, warp, lane);
+    Writer group(block, warp, lane_id());
     // Matrices do not fill a gathered tile evenly.
     const auto tile_sums = [&](typename Writer::Own& own, const typename Writer::Tile& tile) {
       typename Writer::Sums sums;

@@ -18,6 +18,14 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
                  : "memory");
 }
 
+// This thread's place in its warp, asked for where it stands: the compiler keeps what it got at
+// a kernel's begin in memory where registers run short.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Until all copies of this thread are done.
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -131,6 +139,12 @@ __device__ __forceinline__ bool elect_one() {
       "  selp.u32 %0, 1, 0, p; }"
       : "=r"(mine));
   return mine;
+}
+// The lanes of a warp that arrive for it, when all are there. That asks no register for a
+// lane's number, which where there were too few came from memory in every unit.
+__device__ __forceinline__ bool arrives() {
+  __syncwarp();
+  return kArrivals > 1 || elect_one();
 }
 // Initialised barriers are seen by copies and, after cluster_sync, by the cluster.
 __device__ __forceinline__ void publish_barriers() {

@@ -118,43 +118,6 @@ struct LaneRow {
   }
 };
 
-// Whether any of many scales is one that WeightPairs cannot carry, four bytes as stored at a
-// time: the least and the largest of their magnitudes, of e8m0 bytes plus one with 255 as 0; 0
-// itself is none.
-template <class F, class T>
-class Extremes {
-  using Weights = WeightPairs<F, T>;
-
- public:
-  __device__ __forceinline__ void add(uint32_t stored) {
-    if constexpr (F::kHasBias) {
-      add_pair(stored & 0x7fff7fffu);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        add_pair(((stored >> 8 * i & 0x00ff00ffu) + 0x00010001u) & 0x00ff00ffu);
-    }
-  }
-  __device__ __forceinline__ bool any() const {
-    if constexpr (!Weights::kExtreme)
-      return false;
-    else {
-      constexpr uint32_t kOne = F::kHasBias ? 0 : 1;  // what was added
-      constexpr uint32_t kLeast = Weights::kLeast + kOne - 1, kMost = Weights::kMost + kOne;
-      return (least_ & 0xffffu) < kLeast || least_ >> 16 < kLeast ||
-             (most_ & 0xffffu) > kMost || most_ >> 16 > kMost;
-    }
-  }
-
- private:
-  __device__ __forceinline__ void add_pair(uint32_t v) {
-    least_ = __viaddmin_u16x2(v, 0xffffffffu, least_);
-    most_ = __vmaxu2(v, most_);
-  }
-
-  uint32_t least_ = 0xffffffffu, most_ = 0;  // halves apart; less one; as they are
-};
-
 #endif  // LOWBIT_HOPPER
 
 }  // namespace lowbit::cuda

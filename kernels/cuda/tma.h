@@ -134,7 +134,7 @@ __device__ __forceinline__ void wait_for_stores(bool written = false) {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
 }
 
-// Ordinary accesses to shared memory, by address; of 4, 8 or 16 bytes.
+// Ordinary accesses to shared memory, by address; of 2 (to a word), 4, 8 or 16 bytes.
 template <int bytes>
 __device__ __forceinline__ void load_shared(uint32_t address, uint32_t* to) {
   if constexpr (bytes == 16)
@@ -143,8 +143,10 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint32_t* to) {
                  : "r"(address));
   else if constexpr (bytes == 8)
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address));
-  else
+  else if constexpr (bytes == 4)
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(address));
+  else
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(to[0]) : "r"(address));
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {

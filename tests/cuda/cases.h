@@ -24,6 +24,9 @@ struct Case {
   bool in_order;          // pair i is row i of x, by matrix of w
   int x_exponent = 0;     // x is multiplied by 2^x_exponent
   bool nan_code = false;  // one of w
+  // Scales, and biases, of w are multiplied by 2^scale_exponent: of one group, or if it is
+  // negative of all.
+  int scale_exponent = 0;
 
   const FormatInfo& info() const { return kFormats[int(format)]; }
   int64_t stored_rows() const { return transpose ? N : K; }
@@ -40,7 +43,8 @@ struct Case {
            number("scales", int(scale_type)) + number("bias", bias ? int(*bias) : -1) +
            number("global", global_w) + number("specials", specials) +
            number("offset", offset) + number("in_order", in_order) +
-           number("x_exponent", x_exponent) + number("nan_code", nan_code) + number("id", id);
+           number("x_exponent", x_exponent) + number("nan_code", nan_code) +
+           number("scale_exponent", scale_exponent) + number("id", id);
   }
 };
 
@@ -87,6 +91,20 @@ inline HostWeights random_weights(const FormatInfo& f, ScaleType type, int64_t e
   return w;
 }
 
+inline void scale_groups(const FormatInfo& f, HostWeights& w, int exponent, Random& random) {
+  const int64_t groups = int64_t(w.scales.size()) / size_of(w.scale_type);
+  const int64_t first = exponent > 0 ? random.below(groups) : 0;
+  for (int64_t g = first; g < (exponent > 0 ? first + 1 : groups); g++) {
+    if (!f.affine()) {
+      w.scales[size_t(g)] = uint8_t(w.scales[size_t(g)] + exponent);
+      continue;
+    }
+    const auto type = Dtype(int(w.scale_type));
+    for (auto* values : {&w.scales, &w.biases})
+      store_float(*values, type, g, std::ldexp(load_float(*values, type, g), exponent));
+  }
+}
+
 inline Operands make_operands(const Case& c) {
   Random random{uint64_t(c.id)};
   Operands o;
@@ -96,6 +114,7 @@ inline Operands make_operands(const Case& c) {
   o.x.resize(size_t(x_rows * c.K * ieee(c.dtype).size()));
   for (int64_t i = 0; i < x_rows * c.K; i++)
     store_float(o.x, c.dtype, i, std::ldexp(random.normal(), c.x_exponent));
+  if (c.scale_exponent) scale_groups(c.info(), o.w, c.scale_exponent, random);
   if (c.nan_code) o.w.codes[size_t(random.below(int64_t(o.w.codes.size())))] |= 127;
   if (c.specials) {
     store_float(o.x, c.dtype, random.below(c.K), kInf);
@@ -190,6 +209,9 @@ inline constexpr Shape kShapes[] = {
 // Blocks of many rows, and several of them one after another (132 multiprocessors).
 inline constexpr Shape kTallShapes[] = {
     {10, 4300, 512}, {16, 12700, 1024}, {9, 14800, 512}, {20, 8500, 512}, {1, 9000, 320}};
+// Three tiles of matmul to a block, of an even number of units that is no multiple of three
+// turns of its warps of scales, with a ring of six stages (8 bits).
+inline constexpr Shape kManyTiles = {33, 34000, 1024};
 inline constexpr Shape kQuickShapes[] = {
     {1, 65, 288},   {6, 40, 1056}, {12, 136, 1536}, {5, 33, 1024},
     {20, 40, 2048}, {25, 72, 864}, {70, 72, 288},   {70, 136, 1536},
@@ -266,6 +288,18 @@ inline std::vector<Case> product_cases(bool quick) {
     for (Dtype dtype : {Dtype::f16, Dtype::bf16})
       for (const Shape& s : kTallShapes)
         if (f.judged) add(f.format, dtype, true, false, s, nullptr, false);
+  for (const FormatInfo& f : kFormats)
+    if (f.judged && f.bits == 8)
+      add(f.format, Dtype::bf16, true, false, kManyTiles, nullptr, false);
+  // Scales that are beyond what the decoder of tensor cores carries.
+  for (const FormatInfo& f : kFormats)
+    for (const Shape& s : {Shape{3, 40, 288}, Shape{12, 136, 1536}, Shape{70, 72, 768}})
+      for (int exponent : {56, -100}) {
+        if (default_scales(f, Dtype::bf16) == ScaleType::e4m3) continue;
+        add(f.format, Dtype::bf16, true, false, s, nullptr, false);
+        cases.back().scale_exponent = exponent, cases.back().bias.reset();
+        cases.back().scale_type = default_scales(f, Dtype::bf16);
+      }
   for (const FormatInfo& f : kFormats)
     for (int64_t M : {1, 4, 8, 14}) {
       const Shape s{M, 40, 288};
