@@ -72,7 +72,7 @@ struct Pairs;
 
 // Unsigned codes. bf16: a code in the low 8 bits is the value code * 2^-133, since subnormal
 // numbers and the first normal ones are equally spaced; group_pair makes up for that factor,
-// less kAlphaExponent, as far as `extreme` allows. fp16 has no such range: there the code
+// less kAlphaExponent, for scales from kLeast to kMost. fp16 has no such range: there the code
 // becomes the mantissa of 1024 + code, from which 1024 is subtracted.
 template <int B, class T>
 struct Pairs<Unsigned<B>, T> {
@@ -147,10 +147,6 @@ struct Pairs<Unsigned<B>, T> {
 
   // Scales (their magnitudes' bits) that group_pair can carry, beside zero: from 2^-90 to 2^26.
   static constexpr uint32_t kLeast = 37u << 7, kMost = (153u << 7) - 1;
-  static __device__ __forceinline__ bool extreme(uint32_t scale) {
-    const uint32_t magnitude = scale & 0x7fffu;
-    return kTiny && magnitude - kLeast > kMost - kLeast && magnitude != 0;
-  }
   // scale, bias: twice each.
   static __device__ __forceinline__ GroupPair group_pair(uint32_t scale, uint32_t bias) {
     if constexpr (!kTiny) return {scale, bias};
@@ -195,7 +191,7 @@ struct Pairs<E4m3, T> {
 // Per format: pairs of codes to pairs of weights, `pair`; what a group's scale (and bias)
 // become in shared memory, `group_pair` or `entry`; weights come out times 2^-kAlphaExponent.
 // kBias: with a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kExtreme: some scales
-// are `extreme`, and their tiles are computed again, code by code.
+// are beyond kLeast and kMost (Extremes), and their tiles are computed again, code by code.
 template <class F, class T>
 struct WeightPairs;
 
@@ -238,7 +234,6 @@ struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
   __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[n], int j, GroupPair g) const {
     return Half<f16>::multiply(lifted(w, j), g.scale);
   }
-  static __device__ __forceinline__ bool extreme(uint32_t) { return false; }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
     const uint32_t s = Half<f16>::bits(E4m3::decode(byte) * power_of_2(kLift - kAlphaExponent));
     return s | s << 16;
@@ -282,7 +277,6 @@ template <>
 struct WeightPairs<Nvfp4, bf16> : TwelvePairs {
   static constexpr bool kExtreme = false;
   using TwelvePairs::TwelvePairs;
-  static __device__ __forceinline__ bool extreme(uint32_t) { return false; }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
     const uint32_t s = Half<bf16>::bits(E4m3::decode(byte) * power_of_2(kUp));
     return s | s << 16;

@@ -96,8 +96,8 @@ struct MatvecSizes {
   // arithmetic covers another's waits. A barrier for each tile: 16.0 us where this took 14.7
   // (4-bit 4096x14336, M = 1; H200, 2026-11-22).
   constexpr int flush() const { return tokens == 1 ? 8 : 1; }
-  // Two for 8 tokens are no gain: experts of 64 tokens, 3-bit 116.7 us and 117.4 with two, nvfp4
-  // 141.6 and 155.5 (H200, 2026-11-29).
+  // Two for 8 tokens are no gain: experts of 64 tokens, 3-bit 116.7 us and 117.4 with two,
+  // nvfp4 141.6 and 155.5 (H200, 2026-11-29).
   constexpr int rooms() const { return tokens >= 8 ? 1 : 2; }
   static constexpr int kTokenSums = 20;  // floats for 16 rows; lane quads in different banks
   constexpr int warp_sums() const { return tokens * kTokenSums; }
