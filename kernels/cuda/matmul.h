@@ -56,10 +56,12 @@ struct MatmulArgs {
   int M, N, K;
   // Tiles: `share` * 128 rows, kTokens tokens; see each_tile. token_tiles: gathered, at most.
   int row_groups, token_tiles, panel;
-  int share, split;  // share: 1 or 2
-  int x_bytes;       // of x that a block gets for 64 k
-  int units, part;   // of 128 k: of K, and of each part (even)
-  int out_tokens;    // that leave at once: kOutTokens, or 16 of a split tile
+  int share, split;       // share: 1 or 2
+  int clusters;           // in the grid
+  uint32_t cluster_part;  // 2^32 over share * split and a little more; 0: a block is a cluster
+  int x_bytes;            // of x that a block gets for 64 k
+  int units, part;        // of 128 k: of K, and of each part (even)
+  int out_tokens;         // that leave at once: kOutTokens, or 16 of a split tile
   MatmulGather gather;
 };
 
@@ -214,6 +216,14 @@ struct MatmulBlock {
       sync_threads<kMost>(0);
   }
 
+  // blockIdx.x / size. Not %clusterid, nor %nclusterid for the number of clusters: they are of
+  // the grid with which a graph was instantiated, whatever its nodes' grids became since. Warps
+  // that copied believed them and went on to a second tile of which the others knew nothing
+  // (through MLX, 3-bit 4096x1408, M = 65 after M = 64; H200, CUDA 13, 2026-11-29).
+  __device__ __forceinline__ int quick_cluster() const {
+    return int(a.cluster_part ? __umulhi(blockIdx.x, a.cluster_part) : blockIdx.x);
+  }
+
   // Tiles in the order in which clusters take them: tokens first within a panel of `panel`
   // token tiles, so that what runs at once shares W's rows and stays within a part of x that
   // the L2 cache holds. The body gets its first row and what Tile makes a tile of: the first
@@ -221,8 +231,8 @@ struct MatmulBlock {
   template <class Body>
   __device__ __forceinline__ void each_tile(Body body) const {
     const int size = a.share * a.split;
-    const int cluster = quick ? int(cluster_id()) : int(blockIdx.x) / size;
-    const int clusters = quick ? int(cluster_count()) : int(gridDim.x) / size;
+    const int cluster = quick ? quick_cluster() : int(blockIdx.x) / size;
+    const int clusters = quick ? a.clusters : int(gridDim.x) / size;
     const int whole = a.row_groups * a.panel;
     const int most = a.row_groups * a.token_tiles;
     const auto token_tiles = [&] { return kGather ? Tile::count(a.gather) : a.token_tiles; };

@@ -64,6 +64,8 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   int clusters = most_clusters(matmul_kernel<F, T, kTokens, kGather>, Shape::kThreads,
                                Shape::kBytes, cluster, queue.device().processors);
   if (a.split > 1 || clusters > tiles) clusters = tiles;
+  a.clusters = clusters;
+  a.cluster_part = cluster == 1 ? 0 : uint32_t((uint64_t(1) << 32) / uint64_t(cluster) + 1);
   queue.run(matmul_kernel<F, T, kTokens, kGather>, dim3(clusters * cluster),
             dim3(Shape::kThreads), size_t(Shape::kBytes), cluster, a);
 }

@@ -183,17 +183,7 @@ __device__ __forceinline__ void prefetch_line(const uint8_t* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// Of the grid. A block without a cluster is one.
-__device__ __forceinline__ uint32_t cluster_id() {
-  uint32_t r;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(r));
-  return r;
-}
-__device__ __forceinline__ uint32_t cluster_count() {
-  uint32_t r;
-  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(r));
-  return r;
-}
+// In its cluster. A block without a cluster is one.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import checks
+import mlx.core as mx
 import pytest
 import strategies
 from hypothesis import given
@@ -42,6 +43,13 @@ def test_longer_than_a_panel(judged_fmt, dtype):
 def test_long_sums(judged_fmt, dtype):
     """Long K: an accumulator narrower than float32 fails here by orders of magnitude."""
     checks.check_random(strategies.Problem(judged_fmt, dtype, 20, 70, 4096, seed=1))
+
+
+def test_more_tiles_than_the_product_before(judged_fmt):
+    """On CUDA the launch of each is an update of a graph with the launch of the one before, to a
+    grid of another size, and rows are longer than what is copied ahead."""
+    for M in (33, 64, 65, 129):
+        checks.check_random(strategies.Problem(judged_fmt, mx.bfloat16, M, 1408, 4096, seed=M))
 
 
 @pytest.mark.parametrize("M", [1, 4, 9, 40])
