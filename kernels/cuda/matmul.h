@@ -216,10 +216,10 @@ struct MatmulBlock {
       sync_threads<kMost>(0);
   }
 
-  // blockIdx.x / size. Not %clusterid, nor %nclusterid for the number of clusters: they are of
-  // the grid with which a graph was instantiated, whatever its nodes' grids became since. Warps
-  // that copied believed them and went on to a second tile of which the others knew nothing
-  // (through MLX, 3-bit 4096x1408, M = 65 after M = 64; H200, CUDA 13, 2026-11-29).
+  // blockIdx.x / size. Not %clusterid, nor %nclusterid for their number: cudaGraphExecUpdate
+  // leaves a node's cluster as it was (launch.cpp), and these seem to belong to it. With them
+  // the warps that copy waited for a second tile, of which the others knew nothing: through
+  // MLX, 3-bit 4096x1408, M = 65 (33 clusters) after M = 64 (22; H200, CUDA 13, 2026-11-29).
   __device__ __forceinline__ int quick_cluster() const {
     return int(a.cluster_part ? __umulhi(blockIdx.x, a.cluster_part) : blockIdx.x);
   }
