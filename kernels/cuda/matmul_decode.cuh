@@ -90,10 +90,11 @@ struct Pairs<Unsigned<B>, T> {
   __device__ explicit Pairs(int c)
       : select(B == 4 ? uint32_t(c) * 0x0101u | 0x4040u : uint32_t(2 * B * c) % 32), c(c) {}
 
-  // Of 8 bits a lane reads its pairs alone.
-  static __device__ __forceinline__ uint32_t own_pair(uint32_t codes, GroupPair g) {
+  // The pair in bytes `at` and at + 1 of a word.
+  static constexpr bool kOwnPairs = B == 8;
+  static __device__ __forceinline__ uint32_t own_pair(uint32_t codes, int at, GroupPair g) {
     static_assert(B == 8);
-    return clean(permute(codes, 0, 0x4140), g);
+    return clean(permute(codes, 0, 0x4140u + 0x0101u * at), g);
   }
 
   // Four bytes of a row, from byte 4 * i on, once the row is shifted so that this lane's pair
@@ -162,6 +163,7 @@ struct Pairs<Unsigned<B>, T> {
 template <class T>
 struct Pairs<E2m1, T> {
   static constexpr int kLift = Half<T>::kLiftE2m1;
+  static constexpr bool kOwnPairs = false;
   uint32_t select;
   __device__ explicit Pairs(int c) : select(0x4440u | uint32_t(c)) {}
   template <int n>
@@ -186,11 +188,16 @@ struct Pairs<E4m3, T> {
     constexpr int kUp = Half<T>::kMantissaBits - 3;
     return mask_or<0x80008000u>(u, (u << kUp) & (0x007f007fu << kUp));
   }
+  static constexpr bool kOwnPairs = true;
+  static __device__ __forceinline__ uint32_t own_pair(uint32_t codes, int at, GroupPair g) {
+    return Half<T>::multiply(lifted(permute(codes, 0, 0x1100u + 0x1111u * at)), g.scale);
+  }
 };
 
 // Per format: pairs of codes to pairs of weights, `pair`; what a group's scale (and bias)
 // become in shared memory, `group_pair` or `entry`; weights come out times 2^-kAlphaExponent.
-// kBias: with a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kExtreme: some scales
+// kBias: with a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kOwnPairs: from words
+// that hold a lane's pairs alone, `own_pair`; kExtreme: some scales
 // are beyond kLeast and kMost (Extremes), and their tiles are computed again, code by code.
 template <class F, class T>
 struct WeightPairs;
@@ -208,9 +215,6 @@ struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
   using Pairs<E4m3, bf16>::Pairs;
   static constexpr bool kBias = false, kByTwo = false, kExtreme = true;
   static constexpr int kAlphaExponent = 32;
-  static __device__ __forceinline__ uint32_t own_pair(uint32_t codes, GroupPair g) {
-    return Half<bf16>::multiply(lifted(permute(codes, 0, 0x1100)), g.scale);
-  }
   // Beyond these bytes the scale, or the weights' last bits, leave bf16's range.
   static constexpr uint32_t kLeast = 35, kMost = 166;
   static __device__ __forceinline__ bool extreme(uint32_t byte) {
@@ -245,7 +249,7 @@ struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
 // a sign bit and zero for the others (it then repeats the clear top bit of a table's byte), the
 // other the reverse.
 struct TwelvePairs {
-  static constexpr bool kBias = true, kByTwo = true;
+  static constexpr bool kBias = true, kByTwo = true, kOwnPairs = false;
   static constexpr int kAlphaExponent = 32;
   static constexpr int kUp = 132 - kAlphaExponent;  // of the scale
   uint32_t select;

@@ -48,8 +48,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
           ? 4
           : 2;
   static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;  // of 8 k, of 16 k
-  // Codes of a row: words, or of 8 bits this lane's pairs.
-  static constexpr bool kOwn = F::kBits == 8;
+  // Codes of a row: words, or this lane's pairs.
+  static constexpr bool kOwn = Decode::kOwnPairs;
   static constexpr int kWords = kOwn ? kChunks : kChunks * F::kBits / 4;
   static constexpr int kCodeLoad = kWords % 4 == 0 ? 16 : 8;  // bytes
   static constexpr int kTurns = Shape::kSwizzle ? Shape::kSwizzle / 16 : 1;
@@ -149,8 +149,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
       const auto& g = groups[p / kShared % 2].of[r];
       const int j = 2 * s;
       if constexpr (kOwn) {
-        operand[r] = decode.own_pair(w[j], g[group(j)]);
-        operand[2 + r] = decode.own_pair(w[j + 1], g[group(j + 1)]);
+        operand[r] = decode.own_pair(w[j], 0, g[group(j)]);
+        operand[2 + r] = decode.own_pair(w[j + 1], 0, g[group(j + 1)]);
       } else if constexpr (Decode::kByTwo) {
         decode.two_pairs(w, j, g[group(j)], g[group(j + 1)], operand[r], operand[2 + r]);
       } else {

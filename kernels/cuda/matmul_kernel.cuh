@@ -230,6 +230,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       __syncwarp();
       block.start(Block::kInitialises);
     }
+    // The last warps bring scales; one before them copies x where it is apart, or has no work.
     constexpr int kFirst = kCopy + 4 - Shape::kScaleWarps;
     if (warp > kCopy && warp < kFirst) block.start(Block::kCopies);
     give_registers<Shape::kGroups == 2 ? 56 : 64>();

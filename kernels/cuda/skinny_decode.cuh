@@ -15,23 +15,18 @@ namespace lowbit::cuda {
 template <class Code, class T>
 struct LanePairs;
 
-template <class T>
-struct LanePairs<Unsigned<8>, T> {
+// A byte a code.
+template <class Code, class T>
+struct BytePairs {
   static __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[8], int j, int i,
                                                   GroupPair g) {
-    const uint32_t bytes = i % 2 ? 0x4342u : 0x4140u;
-    return Pairs<Unsigned<8>, T>::clean(permute(w[2 * j + i / 2], 0, bytes), g);
+    return Pairs<Code, T>::own_pair(w[2 * j + i / 2], i % 2 * 2, g);
   }
 };
-
 template <class T>
-struct LanePairs<E4m3, T> {
-  static __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[8], int j, int i,
-                                                  GroupPair g) {
-    const uint32_t twice = permute(w[2 * j + i / 2], 0, i % 2 ? 0x3322u : 0x1100u);
-    return Half<T>::multiply(Pairs<E4m3, T>::lifted(twice), g.scale);
-  }
-};
+struct LanePairs<Unsigned<8>, T> : BytePairs<Unsigned<8>, T> {};
+template <class T>
+struct LanePairs<E4m3, T> : BytePairs<E4m3, T> {};
 
 template <class T>
 struct LanePairs<E2m1, T> {
