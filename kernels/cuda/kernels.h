@@ -41,6 +41,7 @@ struct Product {
   const int64_t* lhs;
   const int64_t* rhs;
   int64_t pairs, x_matrices;
+  bool lane_order;  // of x, which then has lane_order_columns(K) columns: lane_order.h
 };
 
 // Whoever runs kernels, in order: MLX's command encoder, or a plain stream in the checks.
@@ -94,6 +95,9 @@ void quantize(Format, const void* w, Dtype, int64_t groups, const float* global_
 // exactly; without the factor of the global scale. out begins at a multiple of 16 bytes.
 void round_trip(Format, const void* x, int64_t groups, const float* global_scale, void* out,
                 Queue&);
+// The same of `rows` rows of K, which come out in lane order.
+void round_trip_to_lanes(Format, const void* x, int64_t rows, int64_t K,
+                         const float* global_scale, void* out, Queue&);
 // The values of rows * columns codes, times global_scale / 2688 if there is one.
 void dequantize(Format, const Weights&, const float* global_scale, void* out, Dtype, Queue&);
 

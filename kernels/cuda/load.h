@@ -14,6 +14,7 @@
 #include "../formats/mxfp8.h"
 #include "../formats/nvfp4.h"
 #include "half.h"
+#include "pair_order.h"
 
 namespace lowbit::cuda {
 
@@ -136,11 +137,6 @@ class LaneAt<3, 2> {
   uint32_t own_, shared_, first_, second_;
 };
 
-// Which of the 8 codes element i of the four pairs is: pairs are (p, p + 4), or of 8-bit codes
-// (0, 2), (1, 3), (4, 6), (5, 7), as whole words give them up.
-constexpr __device__ int order_of_halves(int i) { return i / 2 + i % 2 * 4; }
-constexpr __device__ int order_of_bytes(int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * 2; }
-
 // Scales of two groups beside each other, from two bytes.
 template <class Scale>
 __device__ __forceinline__ float2 two_scales(uint32_t bytes) {
@@ -250,6 +246,16 @@ struct LaneCodes<E2m1, T, join> : LaneCodesInPlace {
   }
 };
 
+// e4m3: bytes 0 and 2 of w (at = 8), or 1 and 3 (at = 0), moved up by `at` bits and from there
+// to where T has its exponent and mantissa, which makes them 2^kLiftE4m3 times too small. NaN
+// codes become 480.
+template <class T, int at>
+__device__ __forceinline__ uint32_t e4m3_pair(uint32_t w) {
+  constexpr int kDown = 11 - Half<T>::kMantissaBits;  // from bit 8 to the lowest of mmm
+  constexpr uint32_t kBits = 0x7fu << (8 - kDown);
+  return (shift<at - kDown>(w) & (kBits | kBits << 16)) | (shift<at>(w) & 0x80008000u);
+}
+
 // As float16 alone: exact, and an instruction for two where there is one.
 template <int join>
 struct LaneCodes<E4m3, f16, join> : LaneCodesInPlace {
@@ -276,21 +282,14 @@ struct LaneCodes<E4m3, f16, join> : LaneCodesInPlace {
   static constexpr int kLift = Half<f16>::kLiftE4m3;
   static constexpr __device__ int order(int i) { return order_of_bytes(i); }
 
-  // Bytes 0 and 2 of w (at = 8), or 1 and 3 (at = 0), moved up by `at` bits.
-  template <int at>
-  static __device__ __forceinline__ uint32_t pair(uint32_t w) {
-    constexpr int kDown = 11 - Half<f16>::kMantissaBits;  // from bit 8 to the lowest of mmm
-    constexpr uint32_t kBits = 0x7fu << (8 - kDown);
-    return (shift<at - kDown>(w) & (kBits | kBits << 16)) | (shift<at>(w) & 0x80008000u);
-  }
   template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[1][4]) {
-    out[0][0] = pair<8>(v.x);
-    out[0][1] = pair<0>(v.x);
-    out[0][2] = pair<8>(v.y);
-    out[0][3] = pair<0>(v.y);
+    out[0][0] = e4m3_pair<f16, 8>(v.x);
+    out[0][1] = e4m3_pair<f16, 0>(v.x);
+    out[0][2] = e4m3_pair<f16, 8>(v.y);
+    out[0][3] = e4m3_pair<f16, 0>(v.y);
   }
-  // 0x7f and 0xff are NaN; moved up, they are 480. Of `met` and these codes, some of kNans if
+  // 0x7f and 0xff are NaN. Of `met` and these codes, some of kNans if
   // any was NaN.
   static constexpr bool kNan = true;
   static constexpr uint32_t kNans = 0x80808080u;

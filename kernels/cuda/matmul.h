@@ -19,6 +19,8 @@
 // warpgroups | barriers. After the last multiply of a split tile the ring holds this block's
 // sums, which the cluster adds in the order of the parts: results do not depend on timing.
 //
+// qqmm's x comes in an order that suits codes better (lane_order.h).
+//
 // Gathered products are the same but for where a tile comes from and where y's rows go:
 // matmul_gather.cuh. Their tiles are not split.
 //
@@ -54,6 +56,8 @@ struct MatmulArgs {
   bool bias_is_f32;  // else of x's type
   const float *global_x, *global_w;
   int M, N, K;
+  int x_columns;    // from one row of x to the next
+  bool lane_order;  // of x: lane_order.h
   // Tiles: `share` * 128 rows, kTokens tokens; see each_tile. token_tiles: gathered, at most.
   int row_groups, token_tiles, panel;
   int share, split;       // share: 1 or 2

@@ -214,15 +214,16 @@ template <>
 struct WeightPairs<Mxfp8, bf16> : Pairs<E4m3, bf16> {
   using Pairs<E4m3, bf16>::Pairs;
   static constexpr bool kBias = false, kByTwo = false, kExtreme = true;
-  static constexpr int kAlphaExponent = 32;
+  static constexpr int kAlphaExponent = 32, kUp = kLift - kAlphaExponent;
   // Beyond these bytes the scale, or the weights' last bits, leave bf16's range.
   static constexpr uint32_t kLeast = 35, kMost = 166;
   static __device__ __forceinline__ bool extreme(uint32_t byte) {
     return byte - kLeast > kMost - kLeast && byte != 255u;
   }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
-    constexpr uint32_t kUp = uint32_t(kLift - kAlphaExponent);
-    const uint32_t s = byte == 255u ? 0x7fc0u : extreme(byte) ? 0u : (byte + kUp) << 7;
+    const uint32_t s = byte == 255u    ? 0x7fc0u
+                       : extreme(byte) ? 0u
+                                       : (byte + uint32_t(kUp)) << 7;
     return s | s << 16;
   }
 };
@@ -251,7 +252,7 @@ struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
 struct TwelvePairs {
   static constexpr bool kBias = true, kByTwo = true, kOwnPairs = false;
   static constexpr int kAlphaExponent = 32;
-  static constexpr int kUp = 132 - kAlphaExponent;  // of the scale
+  static constexpr int kUp = 132 - kAlphaExponent;  // of the scale: unit 2^-132
   uint32_t select;
   __device__ explicit TwelvePairs(int c) : select(uint32_t(c) | uint32_t(4 + c) << 4) {}
 

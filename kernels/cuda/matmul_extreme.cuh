@@ -1,6 +1,7 @@
 // matmul for scales beyond what its decoder carries: slow, and right.
 #pragma once
 
+#include "lane_order.h"
 #include "matmul.h"
 
 namespace lowbit::cuda {
@@ -39,7 +40,7 @@ __device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int tok
   const int64_t scales = w_row * (a.K / F::kGroup);
   for (int i = first; i < kTokens / 16; i += step)
     for (int t = token + 16 * i; t < min(token + 16 * i + 15, end); t += 2) {
-      const T* x = static_cast<const T*>(x_data) + int64_t(t) * a.K;
+      const T* x = static_cast<const T*>(x_data) + int64_t(t) * a.x_columns;
       float sum = 0.0f;
       for (int k = 0; k < a.K; k++) {
         const int64_t at = scales + k / F::kGroup;
@@ -49,7 +50,7 @@ __device__ __noinline__ void write_extreme(const MatmulArgs& a, int row, int tok
                    float(reinterpret_cast<const T*>(a.biases)[at]));
         else
           w *= F::Scale::decode(a.scales[at]);
-        sum = fmaf(float(x[k]), w, sum);
+        sum = fmaf(float(x[a.lane_order ? lane_order_place(k, F::kBits) : k]), w, sum);
       }
       static_cast<T*>(a.y_data)[int64_t(tile.y_row(a.gather, t)) * a.N + row] =
           T(fmaf(alpha, sum, bias));

@@ -10,7 +10,7 @@ namespace lowbit::cuda {
 namespace {
 
 // Gathered: all rows that pairs bring, sorted by matrix, and all matrices' rows of w.
-template <class F, class T, int kTokens, bool kGather>
+template <class F, class T, int kTokens, bool kGather, bool kLanes>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
   using Shape = MatmulShape<F, T, kTokens>;
   const auto up = [](int64_t n, int64_t by) { return int((n + by - 1) / by); };
@@ -25,6 +25,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
                 g.in_order, int(p.global_w_count), aligned(p.y, 2 * p.N, 16)};
   }
   a.M = int(rows), a.N = int(p.N), a.K = int(p.K);
+  a.lane_order = kLanes, a.x_columns = int(kLanes ? lane_order_columns(p.K) : p.K);
   a.share = plan.rows / Shape::kRows;
   a.units = up(p.K, 128);
   a.split = plan.split_k;
@@ -41,7 +42,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   const int most = kTokens / (a.share == 1 ? Shape::kXCopies : a.share);
   const int box = a.share == 1 && a.M < most ? a.M : most;
   const auto x_map = [&](const void* from, int64_t count) {
-    return tensor_map(from, 2, count, p.K, 2 * p.K, box, 64, 128);
+    return tensor_map(from, 2, count, a.x_columns, 2 * int64_t(a.x_columns), box, 64, 128);
   };
   a.sorted_x = x_map(x, rows);
   a.x = kGather && reads_in_place(p) ? x_map(p.x, p.x_matrices * p.M) : a.sorted_x;
@@ -61,13 +62,21 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.global_x = p.global_x, a.global_w = p.global_w;
 
   const int cluster = a.share * a.split, tiles = a.row_groups * a.token_tiles;
-  int clusters = most_clusters(matmul_kernel<F, T, kTokens, kGather>, Shape::kThreads,
+  int clusters = most_clusters(matmul_kernel<F, T, kTokens, kGather, kLanes>, Shape::kThreads,
                                Shape::kBytes, cluster, queue.device().processors);
   if (a.split > 1 || clusters > tiles) clusters = tiles;
   a.clusters = clusters;
   a.cluster_part = cluster == 1 ? 0 : uint32_t((uint64_t(1) << 32) / uint64_t(cluster) + 1);
-  queue.run(matmul_kernel<F, T, kTokens, kGather>, dim3(clusters * cluster),
+  queue.run(matmul_kernel<F, T, kTokens, kGather, kLanes>, dim3(clusters * cluster),
             dim3(Shape::kThreads), size_t(Shape::kBytes), cluster, a);
+}
+
+template <class F, class T, int kTokens, bool kGather>
+void launch(const Product& p, const Plan& plan, Queue& queue) {
+  if constexpr (!kGather && matmul_lane_order(Format::LOWBIT_FORMAT, kTokens) &&
+                std::is_same_v<T, bf16>)
+    if (p.lane_order) return launch<F, T, kTokens, kGather, true>(p, plan, queue);
+  launch<F, T, kTokens, kGather, false>(p, plan, queue);
 }
 
 template <class F, class T, bool kGather>

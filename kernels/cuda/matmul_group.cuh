@@ -9,25 +9,30 @@
 // multiply-adds, so they are what to save. mma.sync in wgmma's place takes as long with 16
 // tokens and longer with more, and so do multiplies in batches of four.
 //
-// What bounds 64 tokens (4-bit, 4096x14336, 21.6 us) is shared memory: for 128 rows and 128 k
-// it delivers x to the tensor cores in 256 cycles, codes in 256 (four lanes read the same 16
-// bytes, and a load takes as many cycles as it fills registers), scales in 64, and takes the
-// copies in 210, where the tensor cores need 512; a unit takes 830. Without decoding 17.6 us,
-// without loads of codes 16.0, without multiplying 12.9. With x in an order in which each
-// lane's codes lie beside each other, and are read once, 19.7 (8-bit 24.6, nvfp4 21.4), but to
-// bring x into that order takes a kernel of 2.5 us, 1.8 where ours begins beside it
-// (programmatic dependent launch); by warps of the block, through registers, 33.8 us: too few
-// loads are under way. (H200, 2026-11-29.)
+// What bounds 64 tokens (4-bit, 4096x14336, 21.6 us): shared memory is near its limit, and what
+// decodes does not overlap with what multiplies. For 128 rows and 128 k the former delivers x
+// to the tensor cores in 256 cycles, codes in 256 (four lanes read the same 16 bytes, and a
+// load takes as many cycles as it fills registers), scales in 64, and takes the copies in 210;
+// the tensor cores need 512; a unit takes 830. Without decoding 17.6 us, without loads of codes
+// 16.0, without multiplying 12.9, and 3.3 with neither. Warpgroups that multiply in turn, two
+// of them or all four, with a barrier each time, are no help: 22.2 and 22.8.
+//
+// With x in lane order (matmul_operand.cuh) codes are read once: 19.7 (8-bit 24.6, nvfp4 22.1
+// with a third fewer instructions, 24.0 before). qqmm has x so for nothing. Otherwise it takes
+// a kernel of 2.5 us before, 1.8 where ours begins beside it (programmatic dependent launch);
+// by warps of the block, through registers, 33.8 us: too few loads are under way. (H200,
+// 2026-11-29.)
 #pragma once
 
 #include "matmul.h"
+#include "matmul_operand.cuh"
 
 namespace lowbit::cuda {
 
 #if LOWBIT_HOPPER
 
 // One of the warpgroups that multiply.
-template <class F, class T, int kTokens, bool kGather>
+template <class F, class T, int kTokens, bool kGather, bool kLanes>
 struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   using Block = MatmulBlock<F, T, kTokens, kGather>;
   using Shape = typename Block::Shape;
@@ -41,123 +46,27 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   static constexpr int kQuads = kOwnTokens / 8;  // of sums
   using Own = float[kOwnTokens / 2];
 
-  // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32.
-  static constexpr int kPieces =  // of a unit
-      F::kBits == 8 || F::kGroup == 16 ||
-              ((kTokens <= 64 || kTokens > 256) && F::kBits % 2 == 0)
-          ? 4
-          : 2;
-  static constexpr int kChunks = 16 / kPieces, kSteps = kChunks / 2;  // of 8 k, of 16 k
-  // Codes of a row: words, or this lane's pairs.
-  static constexpr bool kOwn = Decode::kOwnPairs;
-  static constexpr int kWords = kOwn ? kChunks : kChunks * F::kBits / 4;
-  static constexpr int kCodeLoad = kWords % 4 == 0 ? 16 : 8;  // bytes
-  static constexpr int kTurns = Shape::kSwizzle ? Shape::kSwizzle / 16 : 1;
-  struct Piece {
-    uint32_t words[2][kWords];
-  };
-  // Scales, and biases: of a piece, or of kShared pieces that lie in one group.
-  static constexpr int kShared = kPieces > Shape::kEntries ? kPieces / Shape::kEntries : 1;
-  static constexpr int kPieceGroups = F::kGroup * kPieces < 128 ? 128 / kPieces / F::kGroup : 1;
-  static constexpr int kEntryBytes = kPieceGroups * Shape::kEntry;
-  static constexpr int kEntryLoad = kEntryBytes < 16 ? kEntryBytes : 16;
-  static constexpr int kEntryTurns = Shape::kEntryRow / 16;
-  struct Groups {
-    GroupPair of[2][kPieceGroups];
-  };
+  using Operand = std::conditional_t<kLanes, MatmulLaneOperand<F, T, kTokens>,
+                                     MatmulOperand<F, T, kTokens>>;
+  static constexpr int kPieces = Operand::kPieces, kSteps = 8 / kPieces;  // of 16 k
   // Steps (of 16 k) that are decoded, and then multiplied, together.
   static constexpr int kBatch = kTokens <= 64 ? 2 : 1;
 
-  const Decode decode;
   int half, parity, warp, lane;  // 64 rows of 128; units of K; of this warpgroup
-  // Where chunks i, i + kTurns, ... of this lane's first row begin in a stage; the second row
-  // is 8 rows on.
-  uint32_t code_at[kTurns], entry_at[kEntryTurns];
+  Operand codes;
   uint32_t peer;  // the other block that shares x
-  Piece pieces[2];
-  Groups groups[2];
   UnitRing unit;  // this warpgroup's next
   XRing x;        // where x is apart
 
   __device__ MatmulGroup(const Block& block, int warp_of_block, int lane)
       : Block(block),
-        decode(lane % 4),
         half(warp_of_block / 4 % 2),
         parity(warp_of_block / 8),
         warp(warp_of_block % 4),
-        lane(lane) {
-    const int row = half * 64 + warp * 16 + lane / 4;
-#pragma unroll
-    for (int i = 0; i < kTurns; i++)
-      code_at[i] = Shape::kCodesAt + row * Shape::kRowBytes +
-                   (i ^ turn_of(row, Shape::kSwizzle)) * 16 + (kOwn ? lane % 4 * 2 : 0);
-#pragma unroll
-    for (int i = 0; i < kEntryTurns; i++)
-      entry_at[i] = Shape::kEntriesAt + row * Shape::kEntryRow +
-                    (i ^ turn_of(row, Shape::kEntryRow)) * 16;
+        lane(lane),
+        codes(half * 64 + warp * 16 + lane / 4, lane % 4) {
     unit.advance(parity);
     peer = cluster_rank() ^ 1;
-  }
-
-  template <int p>
-  __device__ __forceinline__ void load(uint32_t stage) {
-    Piece& piece = pieces[p % 2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const uint32_t row = stage + r * 8 * Shape::kRowBytes;
-      if constexpr (kOwn) {
-#pragma unroll
-        for (int i = 0; i < kChunks; i++) {
-          const int at = (p * kChunks + i) * 8;
-          load_shared<2>(code_at[at / 16 % kTurns] + at % 16 + row, &piece.words[r][i]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kWords * 4; i += kCodeLoad) {
-          const int at = p * kWords * 4 + i;  // in the row
-          const uint32_t from =
-              Shape::kSwizzle ? code_at[at / 16 % kTurns] + at % 16 : code_at[0] + uint32_t(at);
-          load_shared<kCodeLoad>(from + row, &piece.words[r][i / 4]);
-        }
-      }
-      if constexpr (p % kShared == 0) load_groups<p>(stage, r);
-    }
-  }
-  template <int p>
-  __device__ __forceinline__ void load_groups(uint32_t stage, int r) {
-    constexpr int kFrom = p / kShared * kPieceGroups * Shape::kEntry, kWide = Shape::kEntry / 4;
-    uint32_t v[kEntryBytes / 4];
-#pragma unroll
-    for (int i = 0; i < kEntryBytes; i += kEntryLoad)
-      load_shared<kEntryLoad>(
-          entry_at[(kFrom + i) / 16] + (kFrom + i) % 16 + stage + r * 8 * Shape::kEntryRow,
-          &v[i / 4]);
-#pragma unroll
-    for (int i = 0; i < kPieceGroups; i++) {
-      GroupPair& g = groups[p / kShared % 2].of[r][i];
-      g = {v[kWide * i], v[kWide * i + kWide - 1]};
-      if constexpr (Decode::kBias && !Shape::kAffine) g.bias = Decode::bias_of(g.scale);
-    }
-  }
-
-  // A for step s (16 k) of piece p.
-  __device__ __forceinline__ void decode_step(int p, int s, uint32_t (&operand)[4]) const {
-    const auto group = [](int j) { return j * kPieceGroups / kChunks; };
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const auto& w = pieces[p % 2].words[r];
-      const auto& g = groups[p / kShared % 2].of[r];
-      const int j = 2 * s;
-      if constexpr (kOwn) {
-        operand[r] = decode.own_pair(w[j], 0, g[group(j)]);
-        operand[2 + r] = decode.own_pair(w[j + 1], 0, g[group(j + 1)]);
-      } else if constexpr (Decode::kByTwo) {
-        decode.two_pairs(w, j, g[group(j)], g[group(j + 1)], operand[r], operand[2 + r]);
-      } else {
-        operand[r] = decode.pair(w, j, g[group(j)]);
-        operand[2 + r] = decode.pair(w, j + 1, g[group(j + 1)]);
-      }
-    }
   }
 
   // What all lanes have alike, told to the compiler: descriptors then stay in uniform
@@ -194,7 +103,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
     const int count = Block::last_unit - Block::first_unit;
     if (parity < count) {
       wait_phase(Block::full(unit.slot), unit.parity);
-      load<0>(Block::stage(unit.slot));
+      codes.template load<0>(Block::stage(unit.slot));
     }
     uint32_t held = 0, held_x = 0;  // barriers of what multiplies under way read
     for (int u = parity; u < count; u += kParities) {
@@ -207,9 +116,12 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
         const int p = step / kSteps, s = step % kSteps;
         auto& operand = operands[step / kBatch % 2];
         auto& before = operands[step / kBatch % 2 ^ 1];
-        if (s == 0) load_next(p, stage, more);
+        if (s == 0) {
+          codes.begin_piece();
+          load_next(p, stage, more);
+        }
 #pragma unroll
-        for (int i = 0; i < kBatch; i++) decode_step(p, s + i, operand[i]);
+        for (int i = 0; i < kBatch; i++) codes.decode_step(p, s + i, operand[i]);
         if constexpr (Shape::kApart) {
           if (step % 4 == 0) {
             wait_phase(Block::x_full(x.slot), x.parity);
@@ -263,12 +175,13 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
     if (p + 1 == kPieces) {
       if (!more) return;
       wait_phase(Block::full(unit.slot), unit.parity);
-      return load<0>(Block::stage(unit.slot));
+      return codes.template load<0>(Block::stage(unit.slot));
     }
-    if (p == 0) load<1>(stage);
+    if constexpr (kPieces >= 2)
+      if (p == 0) codes.template load<1>(stage);
     if constexpr (kPieces == 4) {
-      if (p == 1) load<2>(stage);
-      if (p == 2) load<3>(stage);
+      if (p == 1) codes.template load<2>(stage);
+      if (p == 2) codes.template load<3>(stage);
     }
   }
 

@@ -12,9 +12,9 @@ namespace lowbit::cuda {
 #if LOWBIT_HOPPER
 
 // How a warpgroup brings a tile's sums to y.
-template <class F, class T, int kTokens, bool kGather>
-struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather> {
-  using Group = MatmulGroup<F, T, kTokens, kGather>;
+template <class F, class T, int kTokens, bool kGather, bool kLanes>
+struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
+  using Group = MatmulGroup<F, T, kTokens, kGather, kLanes>;
   using Group::a, Group::base, Group::group, Group::half, Group::kOwnTokens, Group::kParities;
   using Group::kQuads, Group::lane, Group::parity, Group::store_quad, Group::warp;
   using typename Group::Block, typename Group::Decode, typename Group::Own,
@@ -37,7 +37,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather> {
   __device__ __forceinline__ Epilogue epilogue(const Tile& tile) const {
     Epilogue e;
     e.row = tile.row0 + half * 64 + warp * 16 + lane / 4;
-    e.alpha = __uint_as_float(uint32_t(127 + Decode::kAlphaExponent) << 23);
+    e.alpha = __uint_as_float(uint32_t(127 + Group::Operand::kAlphaExponent) << 23);
     if (a.global_w) e.alpha *= tile.global_w(a.gather, a.global_w) / Nvfp4::kGlobalMax;
     if (a.global_x) e.alpha *= *a.global_x / Nvfp4::kGlobalMax;
 #pragma unroll
@@ -206,7 +206,8 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather> {
 
 #endif  // LOWBIT_HOPPER
 
-template <class F, class T, int kTokens, bool kGather>
+// kLanes: x in lane order.
+template <class F, class T, int kTokens, bool kGather, bool kLanes>
 __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     matmul_kernel(const __grid_constant__ MatmulArgs a) {
 #if LOWBIT_HOPPER
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
   uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
   asm volatile("" : "+r"(base));  // else the loops compute it again: 20 of 200 instructions
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
-  using Writer = MatmulWriter<F, T, kTokens, kGather>;
+  using Writer = MatmulWriter<F, T, kTokens, kGather, kLanes>;
   constexpr int kCopy = 4 * Shape::kGroups;  // the first warp that copies
   // Registers a thread: 3 * 168 = 2 * 224 + 56, 5 * 96 = 4 * 104 + 64.
   if (warp >= kCopy) {

@@ -1,9 +1,12 @@
 // quantize and dequantize, one pass over memory.
 //
 // quantize: a lane has 16 consecutive elements, neighbouring lanes share a group.
+#include <algorithm>
+
 #include "encode.cuh"
 #include "formats.h"
 #include "kernels.h"
+#include "lane_order.h"
 
 namespace lowbit::cuda {
 
@@ -157,6 +160,46 @@ __global__ void __launch_bounds__(kThreads, 8)
   }
 }
 
+// Q(x) as bfloat16 in lane order: a thread has 8 elements of each of two quarters of a unit,
+// and their pairs.
+constexpr int kLaneThreads = 128;
+template <class F>
+__global__ void __launch_bounds__(kLaneThreads)
+    lane_round_trip_kernel(const void* x, const float* global, uint2* out, int K, int columns,
+                           int rows, bool vectors) {
+  const int thread = int(blockIdx.x * kLaneThreads + threadIdx.x);
+  const int q = thread % 4, quarters = thread / 4 % 2, unit = thread / 8;
+#pragma unroll 1
+  for (int row = int(blockIdx.y); row < rows; row += int(gridDim.y)) {
+    EightBits eight[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int k = unit * 128 + quarters * 64 + h * 32 + q * 8;
+      eight[h] = EightBits::load(x, int64_t(row) * K + k, k < K ? 8 : 0, Dtype::bf16, vectors);
+    }
+    uint32_t pairs[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float v[8], largest = 0.0f;
+      eight[h].widen(Dtype::bf16, v);
+#pragma unroll
+      for (int i = 0; i < 8; i++) largest = most(largest, magnitude(v[i]));
+#pragma unroll
+      for (int lanes = 1; lanes < F::kGroup / 8; lanes *= 2)
+        largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+      round_trip<F>(v, Block<F>(to_bits(largest), enlarge_by(global)));
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        pairs[h][i] = round_pair(v[lane_pair(2 * i, F::kBits)],
+                                 v[lane_pair(2 * i + 1, F::kBits)], Dtype::bf16);
+    }
+    if (unit * 128 >= columns) continue;
+    uint2* to = out + int64_t(row) * (columns / 4) + unit * 32 + q * 8 + quarters;
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[2 * i] = {pairs[0][i], pairs[1][i]};
+  }
+}
+
 struct DequantizeArgs {
   Weights w;
   const float* global;
@@ -253,6 +296,21 @@ void round_trip(Format format, const void* x, int64_t groups, const float* globa
   if (format == Format::mxfp8) run(round_trip_kernel<Mxfp8>);
   if (format == Format::mxfp4) run(round_trip_kernel<Mxfp4>);
   if (format == Format::nvfp4) run(round_trip_kernel<Nvfp4>);
+}
+
+void round_trip_to_lanes(Format format, const void* x, int64_t rows, int64_t K,
+                         const float* global_scale, void* out, Queue& queue) {
+  const int columns = int(lane_order_columns(K));
+  if (rows == 0 || columns == 0) return;
+  const auto run = [&](auto kernel) {
+    dim3 blocks = blocks_for(columns / 16, kLaneThreads);
+    blocks.y = unsigned(std::min<int64_t>(rows, 65535));
+    queue.run(kernel, blocks, dim3(kLaneThreads), 0, 1, x, global_scale,
+              static_cast<uint2*>(out), int(K), columns, int(rows), aligned(x));
+  };
+  if (format == Format::mxfp8) run(lane_round_trip_kernel<Mxfp8>);
+  if (format == Format::mxfp4) run(lane_round_trip_kernel<Mxfp4>);
+  if (format == Format::nvfp4) run(lane_round_trip_kernel<Nvfp4>);
 }
 
 void dequantize(Format format, const Weights& w, const float* global_scale, void* out,

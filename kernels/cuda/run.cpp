@@ -1,19 +1,25 @@
 // A product as its plan says: what goes before the kernel, and which kernel.
 #include "kernels.h"
+#include "lane_order.h"
+#include "matmul_rules.h"
 #include "matvec_rules.h"
 
 namespace lowbit::cuda {
 
 namespace {
 
-// Q(x) of bfloat16 x, decoded: without the factor of the global scale, which stays with the
-// product.
-const void* quantized_x(const Product& p, Queue& queue) {
-  const int64_t elements = p.x_matrices * p.M * p.K;
-  void* x = queue.scratch(size_t(elements) * 2);
-  round_trip(p.format, p.x, elements / kFormats[int(p.format)].group_size, p.global_x, x,
-             queue);
-  return x;
+// Q(x) of bfloat16 x takes x's place, decoded: without the factor of the global scale, which
+// stays with the product.
+void quantize_x(Product& p, bool to_lanes, Queue& queue) {
+  const int64_t rows = p.x_matrices * p.M;
+  const int64_t columns = to_lanes ? lane_order_columns(p.K) : p.K;
+  void* x = queue.scratch(size_t(rows * columns) * 2);
+  if (to_lanes)
+    round_trip_to_lanes(p.format, p.x, rows, p.K, p.global_x, x, queue);
+  else
+    round_trip(p.format, p.x, rows * p.K / kFormats[int(p.format)].group_size, p.global_x, x,
+               queue);
+  p.x = x, p.lane_order = to_lanes, p.quantize_x = false;
 }
 
 }  // namespace
@@ -32,21 +38,22 @@ void run(const Product& asked, Queue& queue) {
                         p.rhs ? p.pairs : 0,
                         p.rhs ? p.w.matrices : 0};
   Plan plan = cuda::plan(problem, queue.device());
-  // matvec may do it as it stages x; simt does, as it reads x.
-  const bool staged =
-      plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format);
-  if (p.quantize_x && plan.kernel != Plan::Kernel::simt && !staged) {
-    p.x = quantized_x(p, queue);
-    p.quantize_x = false;
-  }
   // Tensor copies need addresses that only a slice of another array can lack; x of pairs is
-  // copied.
-  const auto addresses = (p.rhs ? 0 : uintptr_t(p.x)) | uintptr_t(p.w.codes);
+  // copied, and so is x that is quantized before.
+  const auto addresses = (p.rhs || p.quantize_x ? 0 : uintptr_t(p.x)) | uintptr_t(p.w.codes);
   const auto scales = uintptr_t(p.w.scales) | uintptr_t(p.w.biases);
   if (plan.kernel == Plan::Kernel::skinny && (addresses | scales) % 16 != 0)
     plan = plan_without_skinny(problem, queue.device());
   if (plan.kernel == Plan::Kernel::matmul && addresses % 16 != 0)
     plan = {Plan::Kernel::simt, 0, 0, 0, 0};
+  // matvec may quantize x as it stages it; simt does, as it reads x.
+  const bool staged =
+      plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format);
+  if (p.quantize_x && plan.kernel != Plan::Kernel::simt && !staged)
+    quantize_x(p,
+               plan.kernel == Plan::Kernel::matmul && !p.rhs &&
+                   matmul_lane_order(p.format, plan.tokens),
+               queue);
   switch (plan.kernel) {
     case Plan::Kernel::matvec:
       return matvec(p, plan, queue);

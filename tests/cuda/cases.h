@@ -293,13 +293,16 @@ inline std::vector<Case> product_cases(bool quick) {
       add(f.format, Dtype::bf16, true, false, kManyTiles, nullptr, false);
   // Scales that are beyond what the decoder of tensor cores carries.
   for (const FormatInfo& f : kFormats)
-    for (const Shape& s : {Shape{3, 40, 288}, Shape{12, 136, 1536}, Shape{70, 72, 768}})
-      for (int exponent : {56, -100}) {
-        if (default_scales(f, Dtype::bf16) == ScaleType::e4m3) continue;
-        add(f.format, Dtype::bf16, true, false, s, nullptr, false);
-        cases.back().scale_exponent = exponent, cases.back().bias.reset();
-        cases.back().scale_type = default_scales(f, Dtype::bf16);
-      }
+    for (bool quantize_x : {false, true})
+      for (const Shape& s :
+           {Shape{3, 40, 288}, Shape{12, 136, 1536}, Shape{40, 136, 672}, Shape{70, 72, 768}})
+        for (int exponent : {56, -100}) {
+          if (default_scales(f, Dtype::bf16) == ScaleType::e4m3) continue;
+          if (quantize_x && f.affine()) continue;
+          add(f.format, Dtype::bf16, true, quantize_x, s, nullptr, false);
+          cases.back().scale_exponent = exponent, cases.back().bias.reset();
+          cases.back().scale_type = default_scales(f, Dtype::bf16);
+        }
   for (const FormatInfo& f : kFormats)
     for (int64_t M : {1, 4, 8, 14}) {
       const Shape s{M, 40, 288};
