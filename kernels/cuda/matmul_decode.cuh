@@ -234,13 +234,13 @@ template <>
 struct WeightPairs<Nvfp4, f16> : Pairs<E2m1, f16> {
   using Pairs<E2m1, f16>::Pairs;
   static constexpr bool kBias = false, kByTwo = false, kExtreme = false;
-  static constexpr int kAlphaExponent = 9;
+  static constexpr int kAlphaExponent = 9, kUp = kLift - kAlphaExponent;
   template <int n>
   __device__ __forceinline__ uint32_t pair(const uint32_t (&w)[n], int j, GroupPair g) const {
     return Half<f16>::multiply(lifted(w, j), g.scale);
   }
   static __device__ __forceinline__ uint32_t entry(uint32_t byte) {
-    const uint32_t s = Half<f16>::bits(E4m3::decode(byte) * power_of_2(kLift - kAlphaExponent));
+    const uint32_t s = Half<f16>::bits(E4m3::decode(byte) * power_of_2(kUp));
     return s | s << 16;
   }
 };

@@ -68,7 +68,7 @@ struct SkinnyBlock {
   static constexpr int kRows = kSizes.kRows, kChunk = kSizes.kChunk, kSpans = kSizes.kSpans;
   static constexpr int kBoxCodes = kSizes.box_codes(), kBoxRow = kSizes.box_row();
   static constexpr int kScaleSize = kSizes.scale_size();
-  static constexpr bool kAffine = F::kHasBias;
+  static constexpr bool kAffine = F::kHasBias, kWholeRows = kSizes.whole_rows();
   using Decode = WeightPairs<F, T>;
   // Barriers: of the warps that multiply, of these and the one that looks at scales, of all.
   static constexpr int kWorkers = 1, kSums = 2, kBegun = 3;
@@ -119,7 +119,10 @@ struct SkinnyBlock {
   __device__ __forceinline__ void ask_stage(int index, int row, int k) const {
     const uint32_t to = base + index * a.at.stage, bar = full(index);
     arrive_expecting(bar, a.stage_bytes);
-    load_blocks(to, a.code_map, row, 0, k / kBoxCodes, bar);
+    if constexpr (kWholeRows)
+      load_tile(to, a.code_map, k * F::kBits / 16, row, bar);
+    else
+      load_blocks(to, a.code_map, row, 0, k / kBoxCodes, bar);
     load_blocks(to + a.at.x, a.x_map, 0, 0, k / kChunk, bar);
     load_blocks(to + a.at.x + a.at.x_half, a.x_map, 0, 1, k / kChunk, bar);
   }

@@ -19,10 +19,16 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   const int stage_k = a.at.parts * SkinnySizes::kChunk, rows = a.at.tiles * SkinnySizes::kRows;
   a.padded = up(p.K, stage_k) * stage_k;
   a.spans_k = up(a.padded, a.at.span_k) * a.at.span_k;
-  a.stage_bytes = uint32_t(rows * stage_k * F::kBits / 8 + p.M * stage_k * 2);
+  const int code_bytes =
+      sizes.whole_rows() ? rows * a.at.code_row : rows * stage_k * F::kBits / 8;
+  a.stage_bytes = uint32_t(code_bytes + p.M * stage_k * 2);
   a.groups = up(p.N, rows);
-  a.code_map = block_map(p.w.codes, 1, p.N, p.w.row_bytes, p.w.row_bytes, rows, sizes.box_row(),
-                         stage_k / sizes.box_codes(), 1, sizes.box_row() == 128 ? 128 : 0);
+  if constexpr (sizes.whole_rows())
+    a.code_map = tensor_map(p.w.codes, 2, p.N, p.w.row_bytes / 2, p.w.row_bytes, rows,
+                            a.at.code_row / 2, 0);
+  else
+    a.code_map = block_map(p.w.codes, 1, p.N, p.w.row_bytes, p.w.row_bytes, rows,
+                           sizes.box_row(), stage_k / sizes.box_codes(), 1, 128);
   const auto scale_map = [&](const void* from) {
     const int64_t groups = p.K / F::kGroup;
     return tensor_map(from, sizes.scale_size(), p.N, groups, groups * sizes.scale_size(), rows,

@@ -17,7 +17,7 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
       Block::warp, Block::workers;
   using typename Block::Decode, typename Block::Slot;
   using H = Half<T>;
-  using Row = LaneRow<F, T>;
+  using Row = LaneRow<F, T, kTokens>;
   static constexpr int kTokenSums = Block::kSizes.kTokenSums;
   static constexpr int kTileSums = kTokens * kTokenSums * 4, NT = kTokens / 8;
   static constexpr int kGroups = F::kGroup < 32 ? 32 / F::kGroup : 1;  // of a lane's 32 codes
@@ -39,7 +39,8 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
         uint32_t byte;
         asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at + i));
         load_shared<4>(base + a.at.table + 4 * byte, &out[i].scale);
-        if constexpr (Decode::kBias) out[i].bias = Decode::bias_of(out[i].scale);
+        if constexpr (Decode::kBias && !Row::kHalves)
+          out[i].bias = Decode::bias_of(out[i].scale);
       }
     }
   }
@@ -51,11 +52,13 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
     // Rows whose codes are read at once turn their chunks by different bits.
     const int g_row = F::kBits == 8 ? g : g % 2 * 4 + g / 2 % 2 * 2 + g / 4;
     const int row = tile * kRows + g_row;
-    uint32_t code_at = uint32_t(part * kChunk / kBoxCodes * rows() + row) * kBoxRow;
-    if constexpr (F::kBits == 3)
-      code_at += 12 * c;
+    const int code_row = Block::kWholeRows ? a.at.code_row : kBoxRow;
+    uint32_t code_at;
+    if constexpr (Block::kWholeRows)
+      code_at = uint32_t(row * code_row + part * kBoxRow + 12 * c);
     else
-      code_at += ((part * kChunk % kBoxCodes / 32 + c) * (F::kBits / 4) ^ row % 8) * 16;
+      code_at = uint32_t(part * kChunk / kBoxCodes * rows() + row) * kBoxRow +
+                ((part * kChunk % kBoxCodes / 32 + c) * (F::kBits / 4) ^ row % 8) * 16;
     // In pieces of 128 bytes: of the first half, and of this lane's.
     const int x_row = part * a.M + g, x_turn = x_row + c / 2 * (SkinnySizes::kXShift / 128);
     const uint32_t x_at =
@@ -90,15 +93,17 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
         for (int t = 0; t < tiles; t++)
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            codes[t][r].load(stage + code_at + (t * kRows + r * 8) * kBoxRow);
+            codes[t][r].load(stage + code_at + (t * kRows + r * 8) * code_row);
             load_scales(scale + (t * kRows + r * 8) * a.at.scale_row, groups[t][r]);
           }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           uint32_t x[NT][4];
 #pragma unroll
-          for (int nt = 0; nt < NT; nt++)
+          for (int nt = 0; nt < NT; nt++) {
             load_shared<16>(((stage + x_at) ^ j * 16) + nt * 1024, x[nt]);
+            Row::pair_up(x[nt]);
+          }
 #pragma unroll
           for (int t = 0; t < tiles; t++) {
             uint32_t p[4], q[4];
@@ -145,7 +150,7 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
 
   // What sums are to be multiplied by, known before they are there.
   __device__ __forceinline__ float alpha() const {
-    float alpha = __uint_as_float(uint32_t(127 + Decode::kAlphaExponent) << 23);
+    float alpha = __uint_as_float(uint32_t(127 + Row::kAlphaExponent) << 23);
     if (a.global_x) alpha *= *a.global_x / Nvfp4::kGlobalMax;
     if (a.global_w) alpha *= *a.global_w / Nvfp4::kGlobalMax;
     asm volatile("" : "+f"(alpha));

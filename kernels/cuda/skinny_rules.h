@@ -24,6 +24,10 @@ struct SkinnySizes {
   // different banks.
   constexpr int box_codes() const { return bits == 4 ? 256 : 128; }
   constexpr int box_row() const { return box_codes() * bits / 8; }
+  // Of 3 bits rows of whole stages, each with 16 bytes of the next that make them such a
+  // multiple: rows of 48 bytes are too short for the copy engine (4096x14336, M = 16: 15.9 us
+  // and 15.1; 14336x4096, M = 8 14.4 and 13.9; H200, 2026-11-29).
+  constexpr bool whole_rows() const { return bits == 3; }
   // x in boxes of 64 k, those of chunks' first halves and then those of second halves, which
   // begin two rows of 128 bytes later: so halves permute their pieces of 16 bytes differently.
   static constexpr int kXShift = 256;
@@ -42,6 +46,7 @@ struct SkinnySizes {
     int x, x_half, stage, stages, spans, biases, span, table, barriers, bytes;
     int tiles, strips, parts;
     int span_k, scale_row;  // bytes: 16 to 128
+    int code_row;           // bytes from row to row
   };
   static constexpr int kMostStages = 16, kBarrierBytes = 16 * (kMostStages + kSpans) + 16;
   constexpr Layout layout(int tiles, int64_t K, int shared_bytes) const {
@@ -57,7 +62,9 @@ struct SkinnySizes {
     at.span = affine ? 2 * at.biases : at.biases;
     const int ring = shared_bytes - 1024 - kBarrierBytes - table - kSpans * at.span;
     for (at.parts = kMostParts;; at.parts /= 2) {
-      at.x = (rows * at.parts * kChunk * bits / 8 + 1023) / 1024 * 1024;
+      at.code_row = whole_rows() ? at.parts * box_row() + 16 : box_row();
+      const int boxes = whole_rows() ? 1 : at.parts * kChunk / box_codes();
+      at.x = (rows * at.code_row * boxes + 1023) / 1024 * 1024;
       at.x_half = at.parts * tokens * 128 + kXShift;
       at.stage = at.x + (2 * at.x_half + 1023) / 1024 * 1024;
       at.stages = ring / at.stage;
@@ -108,25 +115,26 @@ constexpr Plan skinny_plan(const Problem& p, const Device& device) {
 // rows that a block has a third turn, between which its ring runs dry (M = 16, 4096x32064,
 // matmul and skinny: 4-bit 30.0 and 36.0 us, mxfp8 41.4 and 48.5). From 9 rows of x on it is,
 // and from 17 on with few tiles in a block or e2m1, where decoding is what matmul takes longest
-// for. From 2 on where x leaves matvec a short ring; from 5 on with few tiles in a block or
-// codes of 8 bits, but for x that matvec would also quantize (with it, mxfp8 4096x14336 at M =
-// 4 takes 19.0 us, 14336x4096 25.1). Microseconds of matvec or matmul and of skinny, H200,
-// 2026-11-29:
+// for. From 2 on where x leaves matvec a short ring, and with nvfp4 where blocks have one turn
+// of some tiles; from 5 on with few tiles in a block or codes of 8 bits, but for x that matvec
+// would also quantize (with it, mxfp8 4096x14336 at M = 4 takes 19.0 us, 14336x4096 25.1).
+// Microseconds of matvec or matmul and of skinny, H200, 2026-11-29:
 //
 //   K x N        M   4-bit      3-bit      8-bit      mxfp8      nvfp4
-//   4096x14336   4   13.1 13.2  12.2 15.2  19.4 19.3  19.1 19.9  14.8 15.3
-//   4096x14336   8   13.2 13.2  13.4 15.3  20.2 19.5  20.6 20.1  15.2 15.4
-//   4096x14336  16   16.8 14.4  17.1 16.0  20.1 20.0  20.6 20.2  21.1 16.7
+//   4096x14336   4   13.1 13.2  12.1 13.8  19.4 19.3  19.1 19.9  14.4 13.9
+//   4096x14336   8   13.2 13.2  13.4 13.8  20.2 19.5  20.6 20.1  14.9 13.8
+//   4096x14336  16   16.8 14.4  17.1 15.1  20.1 20.0  20.6 20.2  21.1 15.6
 //   4096x14336  32   18.0 19.9  18.8 19.9             21.3 22.8  24.3 19.8
-//   14336x4096   2   15.2 13.4  14.5 14.8  21.0 19.3  20.3 19.7  16.6 15.3
-//   14336x4096   8   18.3 13.5  18.9 14.8  23.5 19.2  24.8 20.1  19.6 15.3
-//   14336x4096  16   20.3 14.5  21.5 15.5  23.6 19.6  24.9 19.7  26.3 16.3
-//   14336x4096  32   21.7 19.9  22.9 21.0             26.8 23.3  29.1 20.7
-//   4096x4096    4    6.8  6.8   6.3  7.0   8.2  8.0   7.9  8.6   7.4  7.1
-//   4096x4096    8    7.4  6.8   7.7  7.0  10.7  8.0   8.8  8.6   7.8  7.1
+//   14336x4096   2   15.2 13.4  14.5 13.8  21.0 19.3  20.3 19.7  16.6 15.3
+//   14336x4096   8   18.3 13.5  18.9 13.9  23.5 19.2  24.8 20.1  19.6 15.3
+//   14336x4096  16   20.3 14.5  21.5 15.2  23.6 19.6  24.9 19.7  26.3 15.3
+//   14336x4096  32   21.7 19.9  22.9 20.0             26.8 23.3  29.1 20.7
+//   4096x4096    4    6.8  6.8   6.5  6.9   8.2  8.0   7.9  8.6   7.1  6.8
+//   4096x4096    8    7.4  6.8   7.7  6.9  10.7  8.0   8.8  8.6   7.8  6.8
 //   4096x4096   16   10.3  7.2  10.4  7.5  11.8  8.4  12.0  9.0  10.6  7.5
 //   4096x4096   32   10.8  9.0  11.0  9.0             12.5 10.2  13.3  8.9
-//   4096x6144    8    8.3  8.1   8.5  8.7  13.2 10.1  11.2 10.6   9.1  9.0
+//   4096x6144    4    7.9        7.6  8.6                          8.5  8.3
+//   4096x6144    8    8.3  8.1   8.9  8.5  13.2 10.1  11.2 10.6   9.0  8.3
 //   4096x6144   32   12.3 11.5  12.6 12.0             14.1 12.1  15.5 11.3
 //   4096x1024    8    5.8  5.3   6.3  5.5   6.4  5.4   6.0  5.9   5.8  5.3
 //   4096x1024   16    8.3  5.5   9.2  5.6  10.3  5.5   8.5  6.0   6.8  5.5
@@ -141,6 +149,7 @@ inline bool skinny_preferred(const Problem& asked, const Device& device) {
   if (asked.M > 16) return tiles <= 3 || (!f.affine() && f.bits == 4);
   if (asked.M > 8) return true;
   if (asked.M > 1 && asked.K > 8192) return true;
+  if (asked.M > 1 && f.group_size == 16 && tiles > 1 && asked.N <= turn) return true;
   if (asked.quantize_x && matvec_quantizes(asked.format)) return false;
   return asked.M > 4 && (tiles <= 2 || f.bits == 8);
 }
