@@ -221,9 +221,10 @@ struct MatmulBlock {
   }
 
   // blockIdx.x / size. Not %clusterid, nor %nclusterid for their number: cudaGraphExecUpdate
-  // leaves a node's cluster as it was (launch.cpp), and these seem to belong to it. With them
-  // the warps that copy waited for a second tile, of which the others knew nothing: through
-  // MLX, 3-bit 4096x1408, M = 65 (33 clusters) after M = 64 (22; H200, CUDA 13, 2026-11-29).
+  // leaves a node's cluster as it was (launch.cpp), and these with it. Where they told the
+  // warps that copy how many clusters there are, these went on to a second tile, of which the
+  // others knew nothing: through MLX, 3-bit 4096x1408, M = 65 (33 clusters) after M = 64 (22)
+  // failed, and does not without them (H200, CUDA 13, 2026-11-29).
   __device__ __forceinline__ int quick_cluster() const {
     return int(a.cluster_part ? __umulhi(blockIdx.x, a.cluster_part) : blockIdx.x);
   }
