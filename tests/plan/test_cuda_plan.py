@@ -36,7 +36,9 @@ def e2m1(fmt: Format) -> bool:
 def test_few_rows_read_weights_once(fmt, M, tokens, device, K):
     words, kernel, got, *_ = plan(fmt, M, 4096, K, **device)
     want = MATVEC
-    if device == H200 and M > 4:
+    if device == H200 and fmt.mode == "nvfp4" and M > 1:
+        want, tokens = SKINNY, max(tokens, 8)
+    elif device == H200 and M > 4:
         want = SKINNY if skinny_takes(fmt) else MATMUL if M > 8 else MATVEC
     assert (kernel, got) == (want, tokens), words
 
@@ -44,12 +46,22 @@ def test_few_rows_read_weights_once(fmt, M, tokens, device, K):
 @pytest.mark.parametrize("M", [5, 8])
 def test_large_matrices_of_8_bits_leave_matvec_sooner(fmt, M):
     words, kernel, *_ = plan(fmt, M, 14336, 4096)
-    assert kernel == (SKINNY if fmt.bits == 8 else MATVEC), words
+    assert kernel == (SKINNY if fmt.bits == 8 or fmt.mode == "nvfp4" else MATVEC), words
     words, kernel, *_ = plan(fmt, M, 14336, 4096 + 128)
     assert kernel == (MATMUL if fmt.bits == 8 else MATVEC), words
-    if fmt.mode in ("mxfp8", "nvfp4"):  # matvec can quantize x itself
+    if fmt.mode == "mxfp8":  # matvec can quantize x itself
         words, kernel, *_ = plan(fmt, M, 14336, 4096, quantize_x=True)
         assert kernel == MATVEC, words
+
+
+@pytest.mark.parametrize(
+    "M, N, skinny",
+    [(1, 14336, False), (2, 14336, True), (4, 2112, False), (4, 2128, True), (4, 14800, False)],
+)
+@pytest.mark.parametrize("quantize_x", [False, True])
+def test_nvfp4_with_one_turn_of_some_tiles_is_skinnys(M, N, skinny, quantize_x):
+    words, kernel, *_ = plan(get("nvfp4"), M, N, 4096, quantize_x=quantize_x)
+    assert kernel == (SKINNY if skinny else MATVEC), words
 
 
 @pytest.mark.parametrize("M", [1, 2, 4, 8, 16])
