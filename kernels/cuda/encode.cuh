@@ -103,6 +103,25 @@ struct Sixteen {
   }
 };
 
+// Bits of the largest magnitude of a group that lies across kGroup / n lanes, NaN's if it has
+// one.
+template <class F, int n>
+__device__ __forceinline__ uint32_t largest_of(const float (&x)[n]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < n; i++) largest = most(largest, magnitude(x[i]));
+#pragma unroll
+  for (int lanes = 1; lanes < F::kGroup / n; lanes *= 2)
+    largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+  return to_bits(largest);
+}
+
+// Eight elements of such a group, as the format holds them.
+template <class F>
+__device__ __forceinline__ void round_trip_across(float (&x)[8], float enlarge) {
+  round_trip<F>(x, Block<F>(largest_of<F>(x), enlarge));
+}
+
 // Quotients by y, 2^-25 <= y < 2^100, from the two parts of its inverse. They are x / y to
 // 2^-24 of a last place before the one rounding: not always IEEE's, but above and below the
 // halves of integers up to 255 together with IEEE's (tests/cuda asks for every mantissa of y).

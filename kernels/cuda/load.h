@@ -150,6 +150,55 @@ __device__ __forceinline__ float2 two_scales(uint32_t bytes) {
   return {Scale::decode(bytes & 0xffu), Scale::decode(bytes >> 8)};
 }
 
+// Codes that lie 16 bits apart and become a pair of elements of T where they are moved to:
+// 2^kLift times too small. pair(w, i): pair i of kInWord of a word.
+template <class Code, class T>
+struct MovedPairs;
+
+template <class T>
+struct MovedPairs<E2m1, T> {
+  static constexpr int kLift = Half<T>::kLiftE2m1, kInWord = 4;
+  static constexpr int kAt = Half<T>::kMantissaBits - 1;  // of a code's mantissa bit
+
+  static __device__ __forceinline__ uint32_t pair(uint32_t w, int i) {
+    const uint32_t v = w >> i / 2 * 8;
+    return i % 2 ? pair<1>(v) : pair<0>(v);
+  }
+
+ private:
+  // Codes p and p + 4 of v, p of 0 and 1. Where a code's exponent and mantissa do not reach its
+  // sign's place, one product has two copies of it, each as far up as one of them wants.
+  template <int p>
+  static __device__ __forceinline__ uint32_t pair(uint32_t v) {
+    constexpr uint32_t kBits = (7u << kAt | 0x8000u) * 0x10001u, kCode = 15u << (4 * p);
+    if constexpr (kAt + 4 <= 12) {
+      return (v & kCode * 0x10001u) * ((1u << kAt | 1u << 12) >> (4 * p)) & kBits;
+    } else {
+      const uint32_t sign = shift<12 - 4 * p>(v) & 0x80008000u;
+      return (shift<kAt - 4 * p>(v) & (kBits & ~0x80008000u)) | sign;
+    }
+  }
+};
+
+// NaN codes become 480.
+template <class T>
+struct MovedPairs<E4m3, T> {
+  static constexpr int kLift = Half<T>::kLiftE4m3, kInWord = 2;
+
+  static __device__ __forceinline__ uint32_t pair(uint32_t w, int i) {
+    return i % 2 ? pair<0>(w) : pair<8>(w);
+  }
+
+ private:
+  // Bytes 0 and 2 of w (at = 8), or 1 and 3 (at = 0), moved up by `at` bits.
+  template <int at>
+  static __device__ __forceinline__ uint32_t pair(uint32_t w) {
+    constexpr int kDown = 11 - Half<T>::kMantissaBits;  // from bit 8 to the lowest of mmm
+    constexpr uint32_t kBits = 0x7fu << (8 - kDown);
+    return (shift<at - kDown>(w) & (kBits | kBits << 16)) | (shift<at>(w) & 0x80008000u);
+  }
+};
+
 // Four pairs of elements of T for 8 codes, on kPlanes planes. With e the elements of pair p,
 //   value of a code = 2^kLift * (e[plane 0] + 16 * e[plane 1]) / 2^place(p) - kOffset /
 //   2^place(p)
@@ -179,9 +228,7 @@ struct LaneCodes<Unsigned<B>, T, join> {
   // Pair p of block j is codes 4j + p and 8 + 4j + p of the lane's sixteen.
   static constexpr bool kAcross = B == 3 && join == 2;
   static constexpr __device__ int place(int p) { return p % kInPlace * B; }
-  static constexpr __device__ int order(int i) {
-    return B == 8 ? order_of_bytes(i) : order_of_halves(i);
-  }
+  static constexpr __device__ int order(int i) { return pair_order(i, B); }
 
   template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[kPlanes][4]) {
@@ -219,42 +266,17 @@ struct LaneCodes<Unsigned<B>, T, join> {
 
 template <class T, int join>
 struct LaneCodes<E2m1, T, join> : LaneCodesInPlace {
-  static constexpr int kPlanes = 1, kLift = Half<T>::kLiftE2m1;
+  using Moved = MovedPairs<E2m1, T>;
+  static constexpr int kPlanes = 1, kLift = Moved::kLift;
   static constexpr float kOffset = 0.0f;
-  static constexpr __device__ int order(int i) { return order_of_halves(i); }
+  static constexpr __device__ int order(int i) { return pair_order(i, 4); }
 
-  static constexpr int kAt = Half<T>::kMantissaBits - 1;  // of a code's mantissa bit
-
-  // Codes p and p + 4 of v, p of 0 and 1. Where a code's exponent and mantissa do not reach its
-  // sign's place, one product has two copies of it, each as far up as one of them wants.
-  template <int p>
-  static __device__ __forceinline__ uint32_t pair(uint32_t v) {
-    constexpr uint32_t kBits = (7u << kAt | 0x8000u) * 0x10001u, kCode = 15u << (4 * p);
-    if constexpr (kAt + 4 <= 12) {
-      return (v & kCode * 0x10001u) * ((1u << kAt | 1u << 12) >> (4 * p)) & kBits;
-    } else {
-      const uint32_t sign = shift<12 - 4 * p>(v) & 0x80008000u;
-      return (shift<kAt - 4 * p>(v) & (kBits & ~0x80008000u)) | sign;
-    }
-  }
   template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[1][4]) {
-    out[0][0] = pair<0>(v.x);
-    out[0][1] = pair<1>(v.x);
-    out[0][2] = pair<0>(v.x >> 8);
-    out[0][3] = pair<1>(v.x >> 8);
+#pragma unroll
+    for (int p = 0; p < 4; p++) out[0][p] = Moved::pair(v.x, p);
   }
 };
-
-// e4m3: bytes 0 and 2 of w (at = 8), or 1 and 3 (at = 0), moved up by `at` bits and from there
-// to where T has its exponent and mantissa, which makes them 2^kLiftE4m3 times too small. NaN
-// codes become 480.
-template <class T, int at>
-__device__ __forceinline__ uint32_t e4m3_pair(uint32_t w) {
-  constexpr int kDown = 11 - Half<T>::kMantissaBits;  // from bit 8 to the lowest of mmm
-  constexpr uint32_t kBits = 0x7fu << (8 - kDown);
-  return (shift<at - kDown>(w) & (kBits | kBits << 16)) | (shift<at>(w) & 0x80008000u);
-}
 
 // As float16 alone: exact, and an instruction for two where there is one.
 template <int join>
@@ -279,18 +301,16 @@ struct LaneCodes<E4m3, f16, join> : LaneCodesInPlace {
           : "r"(words[i]));
   }
 #else
-  static constexpr int kLift = Half<f16>::kLiftE4m3;
-  static constexpr __device__ int order(int i) { return order_of_bytes(i); }
+  using Moved = MovedPairs<E4m3, f16>;
+  static constexpr int kLift = Moved::kLift;
+  static constexpr __device__ int order(int i) { return pair_order(i, 8); }
 
   template <int block>
   static __device__ __forceinline__ void pairs(uint2 v, uint32_t (&out)[1][4]) {
-    out[0][0] = e4m3_pair<f16, 8>(v.x);
-    out[0][1] = e4m3_pair<f16, 0>(v.x);
-    out[0][2] = e4m3_pair<f16, 8>(v.y);
-    out[0][3] = e4m3_pair<f16, 0>(v.y);
+#pragma unroll
+    for (int p = 0; p < 4; p++) out[0][p] = Moved::pair(p < 2 ? v.x : v.y, p % 2);
   }
-  // 0x7f and 0xff are NaN. Of `met` and these codes, some of kNans if
-  // any was NaN.
+  // 0x7f and 0xff are NaN. Of `met` and these codes, some of kNans if any was.
   static constexpr bool kNan = true;
   static constexpr uint32_t kNans = 0x80808080u;
   static __device__ __forceinline__ uint32_t nans(uint2 v, uint32_t met) {

@@ -197,8 +197,8 @@ struct Pairs<E4m3, T> {
 // Per format: pairs of codes to pairs of weights, `pair`; what a group's scale (and bias)
 // become in shared memory, `group_pair` or `entry`; weights come out times 2^-kAlphaExponent.
 // kBias: with a bias; kByTwo: decoded two chunks at a time, `two_pairs`; kOwnPairs: from words
-// that hold a lane's pairs alone, `own_pair`; kExtreme: some scales
-// are beyond kLeast and kMost (Extremes), and their tiles are computed again, code by code.
+// that hold a lane's pairs alone, `own_pair`; kExtreme: some scales are beyond kLeast and kMost
+// (Extremes), and their tiles are computed again, code by code.
 template <class F, class T>
 struct WeightPairs;
 

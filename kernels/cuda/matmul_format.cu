@@ -2,6 +2,7 @@
 // LOWBIT_FORMAT.
 #include "clusters.h"
 #include "formats.h"
+#include "lane_order.h"
 #include "matmul_kernel.cuh"
 #include "matmul_rules.h"
 

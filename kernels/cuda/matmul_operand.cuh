@@ -136,6 +136,7 @@ struct MatmulOperand {
 template <class F, class T, int kTokens>
 struct MatmulLaneOperand {
   using Shape = MatmulShape<F, T, kTokens>;
+  using Pairs = MovedPairs<typename F::Code, T>;
   static_assert(!Shape::kAffine && std::is_same_v<T, bf16>);
 
   static constexpr int kPieces = F::kBits / 4;  // 16 bytes of each of two rows
@@ -143,8 +144,7 @@ struct MatmulLaneOperand {
   static constexpr int kGroups = F::kGroup < 32 ? 32 / F::kGroup : 1;  // of the 32
   static_assert(kGroups == 1 || kPieces == 1);
   // What sums are too small by: codes by kLift, scales' entries too large by kUp.
-  static constexpr int kAlphaExponent =
-      (F::kBits == 8 ? Half<T>::kLiftE4m3 : Half<T>::kLiftE2m1) - WeightPairs<F, T>::kUp;
+  static constexpr int kAlphaExponent = Pairs::kLift - WeightPairs<F, T>::kUp;
   struct Piece {
     uint32_t words[2][4];
     uint32_t scales[2][kGroups];
@@ -174,18 +174,13 @@ struct MatmulLaneOperand {
   __device__ __forceinline__ void decode_step(int, int s, uint32_t (&operand)[4]) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      uint32_t first, second;
-      if constexpr (F::kBits == 8) {
-        const uint32_t word = now.words[r][s];
-        first = e4m3_pair<T, 8>(word), second = e4m3_pair<T, 0>(word);
-      } else {
-        using Codes = LaneCodes<E2m1, T, 1>;
-        const uint32_t word = now.words[r][s / 2] >> (s % 2 * 8);
-        first = Codes::template pair<0>(word), second = Codes::template pair<1>(word);
-      }
       const uint32_t scale = now.scales[r][s * kGroups / kSteps];
-      operand[r] = Half<T>::multiply(first, scale);
-      operand[2 + r] = Half<T>::multiply(second, scale);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int pair = 2 * s + h;
+        const uint32_t word = now.words[r][pair / Pairs::kInWord];
+        operand[2 * h + r] = Half<T>::multiply(Pairs::pair(word, pair % Pairs::kInWord), scale);
+      }
     }
   }
 };

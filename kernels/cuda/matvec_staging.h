@@ -316,16 +316,10 @@ struct MatvecStaging {
 #pragma unroll
       for (int t = 0; t < kTogether; t++) {
         uint32_t(&pairs)[4] = reinterpret_cast<uint32_t(&)[4]>(v[b][t]);
-        float x[8], largest = 0.0f;
+        float x[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          x[i] = i % 2 ? H::high(pairs[i / 2]) : H::low(pairs[i / 2]);
-          largest = most(largest, magnitude(x[i]));
-        }
-#pragma unroll
-        for (int other = 1; other < F::kGroup / 8; other *= 2)
-          largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-        round_trip<F>(x, Block<F>(to_bits(largest), enlarge));
+        for (int i = 0; i < 8; i++) x[i] = i % 2 ? H::high(pairs[i / 2]) : H::low(pairs[i / 2]);
+        round_trip_across<F>(x, enlarge);
 #pragma unroll
         for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
       }

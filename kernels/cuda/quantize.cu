@@ -62,18 +62,6 @@ __device__ __forceinline__ void quantize_affine(const QuantizeArgs& a, const Six
   store_float(a.biases, index, group.bias, dtype);
 }
 
-// Bits of the largest magnitude of a group, NaN's if it has one; this lane has 16 elements.
-template <class F>
-__device__ __forceinline__ uint32_t largest_of(const float (&x)[16]) {
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 16; i++) largest = most(largest, magnitude(x[i]));
-#pragma unroll
-  for (int lanes = 1; lanes < F::kGroup / 16; lanes *= 2)
-    largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-  return to_bits(largest);
-}
-
 template <class F, Dtype dtype>
 __device__ __forceinline__ void quantize_block(const QuantizeArgs& a, const Sixteen<dtype>& w,
                                                int64_t unit) {
@@ -180,18 +168,13 @@ __global__ void __launch_bounds__(kLaneThreads)
     uint32_t pairs[2][4];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float v[8], largest = 0.0f;
+      float v[8];
       eight[h].widen(Dtype::bf16, v);
-#pragma unroll
-      for (int i = 0; i < 8; i++) largest = most(largest, magnitude(v[i]));
-#pragma unroll
-      for (int lanes = 1; lanes < F::kGroup / 8; lanes *= 2)
-        largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-      round_trip<F>(v, Block<F>(to_bits(largest), enlarge_by(global)));
+      round_trip_across<F>(v, enlarge_by(global));
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        pairs[h][i] = round_pair(v[lane_pair(2 * i, F::kBits)],
-                                 v[lane_pair(2 * i + 1, F::kBits)], Dtype::bf16);
+        pairs[h][i] = round_pair(v[pair_order(2 * i, F::kBits)],
+                                 v[pair_order(2 * i + 1, F::kBits)], Dtype::bf16);
     }
     if (unit * 128 >= columns) continue;
     uint2* to = out + int64_t(row) * (columns / 4) + unit * 32 + q * 8 + quarters;

@@ -95,9 +95,10 @@ struct LaneRow {
   using Weights = WeightPairs<F, T>;
   // Pairs are (i, i + 4).
   static constexpr bool kHalves = std::is_same_v<typename F::Code, E2m1> && kTokens <= 16;
+  static constexpr bool kBias = Weights::kBias && !kHalves;
   static constexpr int kAlphaExponent = [] {
     if constexpr (kHalves)
-      return Half<T>::kLiftE2m1 - Weights::kUp;
+      return MovedPairs<typename F::Code, T>::kLift - Weights::kUp;
     else
       return Weights::kAlphaExponent;
   }();
@@ -127,13 +128,9 @@ struct LaneRow {
   // Eight codes, from code 8 * j on, as four pairs of weights.
   __device__ __forceinline__ void decode(int j, GroupPair g, uint32_t (&out)[4]) const {
     if constexpr (kHalves) {
-      using Codes = LaneCodes<E2m1, T, 1>;
+      using Moved = MovedPairs<typename F::Code, T>;
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t word = w[j] >> i * 4;
-        out[i] = Half<T>::multiply(Codes::template pair<0>(word), g.scale);
-        out[i + 1] = Half<T>::multiply(Codes::template pair<1>(word), g.scale);
-      }
+      for (int i = 0; i < 4; i++) out[i] = Half<T>::multiply(Moved::pair(w[j], i), g.scale);
     } else if constexpr (Weights::kByTwo) {
       const uint32_t turned = w[j] ^ 0x88888888u;
       Weights::four(w[j], turned, g, g, out[0], out[1]);

@@ -19,9 +19,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   const int stage_k = a.at.parts * SkinnySizes::kChunk, rows = a.at.tiles * SkinnySizes::kRows;
   a.padded = up(p.K, stage_k) * stage_k;
   a.spans_k = up(a.padded, a.at.span_k) * a.at.span_k;
-  const int code_bytes =
-      sizes.whole_rows() ? rows * a.at.code_row : rows * stage_k * F::kBits / 8;
-  a.stage_bytes = uint32_t(code_bytes + p.M * stage_k * 2);
+  a.stage_bytes = uint32_t(sizes.code_bytes(rows, a.at.parts) + p.M * stage_k * 2);
   a.groups = up(p.N, rows);
   if constexpr (sizes.whole_rows())
     a.code_map = tensor_map(p.w.codes, 2, p.N, p.w.row_bytes / 2, p.w.row_bytes, rows,

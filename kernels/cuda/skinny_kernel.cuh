@@ -39,8 +39,7 @@ struct SkinnyWorker : SkinnyBlock<F, T, kTokens> {
         uint32_t byte;
         asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at + i));
         load_shared<4>(base + a.at.table + 4 * byte, &out[i].scale);
-        if constexpr (Decode::kBias && !Row::kHalves)
-          out[i].bias = Decode::bias_of(out[i].scale);
+        if constexpr (Row::kBias) out[i].bias = Decode::bias_of(out[i].scale);
       }
     }
   }

@@ -28,6 +28,13 @@ struct SkinnySizes {
   // multiple: rows of 48 bytes are too short for the copy engine (4096x14336, M = 16: 15.9 us
   // and 15.1; 14336x4096, M = 8 14.4 and 13.9; H200, 2026-11-29).
   constexpr bool whole_rows() const { return bits == 3; }
+  // Bytes from row to row, and of all rows' codes, in a stage.
+  constexpr int code_row(int parts) const {
+    return whole_rows() ? parts * box_row() + 16 : box_row();
+  }
+  constexpr int code_bytes(int rows, int parts) const {
+    return rows * (whole_rows() ? code_row(parts) : parts * kChunk * bits / 8);
+  }
   // x in boxes of 64 k, those of chunks' first halves and then those of second halves, which
   // begin two rows of 128 bytes later: so halves permute their pieces of 16 bytes differently.
   static constexpr int kXShift = 256;
@@ -62,9 +69,8 @@ struct SkinnySizes {
     at.span = affine ? 2 * at.biases : at.biases;
     const int ring = shared_bytes - 1024 - kBarrierBytes - table - kSpans * at.span;
     for (at.parts = kMostParts;; at.parts /= 2) {
-      at.code_row = whole_rows() ? at.parts * box_row() + 16 : box_row();
-      const int boxes = whole_rows() ? 1 : at.parts * kChunk / box_codes();
-      at.x = (rows * at.code_row * boxes + 1023) / 1024 * 1024;
+      at.code_row = code_row(at.parts);
+      at.x = (code_bytes(rows, at.parts) + 1023) / 1024 * 1024;
       at.x_half = at.parts * tokens * 128 + kXShift;
       at.stage = at.x + (2 * at.x_half + 1023) / 1024 * 1024;
       at.stages = ring / at.stage;
@@ -149,7 +155,7 @@ inline bool skinny_preferred(const Problem& asked, const Device& device) {
   if (asked.M > 16) return tiles <= 3 || (!f.affine() && f.bits == 4);
   if (asked.M > 8) return true;
   if (asked.M > 1 && asked.K > 8192) return true;
-  if (asked.M > 1 && f.group_size == 16 && tiles > 1 && asked.N <= turn) return true;
+  if (asked.M > 1 && asked.format == Format::nvfp4 && tiles > 1 && asked.N <= turn) return true;
   if (asked.quantize_x && matvec_quantizes(asked.format)) return false;
   return asked.M > 4 && (tiles <= 2 || f.bits == 8);
 }
