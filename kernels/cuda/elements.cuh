@@ -145,19 +145,51 @@ __device__ __forceinline__ uint32_t encode_element(float x) {
     return Code::encode(x);
 }
 
+// E4m3 in the conversions of compute capability 8.9 and later.
+__device__ __forceinline__ uint32_t encode_e4m3(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return pair;
+#else
+  return E4m3::encode(x);
+#endif
+}
+__device__ __forceinline__ float decode_e4m3(uint32_t code) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(uint16_t(code)));
+  return to_float(pair & 0xffffu, Dtype::f16);
+#else
+  return E4m3::decode(code);
+#endif
+}
+
 // How a group of a block format is encoded: scale byte, and what elements are multiplied by.
 template <class F>
 struct Block {
+  static constexpr bool kPowers = std::is_same_v<typename F::Scale, E8m0>;  // of two: scales
   uint32_t scale;
   float factor;
 
   // most: bits of the group's largest magnitude.
   __device__ __forceinline__ Block(uint32_t most, float enlarge) {
     const float q = __fdiv_rn(from_bits(most), F::Code::kMax);
-    const uint32_t fitted = F::kGroup == 32 && q == 0.0f ? 0u : F::fit(q, enlarge);
+    uint32_t fitted;
+    if constexpr (kPowers)
+      fitted = q == 0.0f ? 0u : F::fit(q, enlarge);
+    else
+      fitted = encode_e4m3(__fmul_rn(q, enlarge));
     scale = most < 0x7f800000u ? fitted : F::kNanScale;
-    // The step of e8m0 formats is the inverse of the scale already.
-    factor = F::kGroup == 32 ? F::step(scale) : __fdiv_rn(enlarge, F::step(scale));
+    // The step of powers of two is the inverse of the scale already.
+    factor = kPowers ? F::step(scale) : __fdiv_rn(enlarge, value());
+  }
+  // Of the scale.
+  __device__ __forceinline__ float value() const {
+    if constexpr (kPowers)
+      return F::Scale::decode(scale);
+    else
+      return decode_e4m3(scale);
   }
   __device__ __forceinline__ uint32_t encode(float x) const {
     const uint32_t code = encode_element<typename F::Code>(__fmul_rn(x, factor));
@@ -267,19 +299,33 @@ struct Eight<E4m3> {
   }
 };
 
+// The e2m1 value that encode_to_even chooses. Let p be the power of two below x, at least 1: of
+// 2^22 p the last place is p / 2, which is how far apart values are there.
+__device__ __forceinline__ float nearest_e2m1(float x) {
+  const float a = fminf(magnitude(x), E2m1::kMax);  // 6 of NaN
+  const uint32_t power = to_bits(fmaxf(a, 1.0f)) & 0x7f800000u;
+  const float magic = from_bits(power + (22u << 23));
+  const float nearest = __fsub_rn(__fadd_rn(a, magic), magic);
+  return from_bits(to_bits(nearest) | (to_bits(x) & 0x80000000u));
+}
+
 // 8 elements of a group as the format holds them: encoded and decoded.
 template <class F>
 __device__ __forceinline__ void round_trip(float (&x)[8], const Block<F>& block) {
-  using Codes = Eight<typename F::Code>;
 #pragma unroll
   for (float& v : x) v = __fmul_rn(v, block.factor);
-  uint32_t codes[Codes::kWords];
-  Codes::encode(x, codes);
-  Codes::decode(
-      Codes::kWords == 1 ? codes[0] : uint64_t(codes[Codes::kWords - 1]) << 32 | codes[0], x);
+  if constexpr (std::is_same_v<typename F::Code, E2m1>) {
+#pragma unroll
+    for (float& v : x) v = nearest_e2m1(v);
+  } else {
+    using Codes = Eight<typename F::Code>;
+    uint32_t codes[Codes::kWords];
+    Codes::encode(x, codes);
+    Codes::decode(
+        Codes::kWords == 1 ? codes[0] : uint64_t(codes[Codes::kWords - 1]) << 32 | codes[0], x);
+  }
   // NaN for a NaN's group: its scale of e4m3 is NaN, that of e8m0 infinity.
-  const float scale =
-      block.scale == F::kNanScale ? from_bits(0x7fffffffu) : F::Scale::decode(block.scale);
+  const float scale = block.scale == F::kNanScale ? from_bits(0x7fffffffu) : block.value();
 #pragma unroll
   for (float& v : x) v *= scale;
 }

@@ -1,6 +1,7 @@
 // matmul: many rows of x. wgmma with W's rows on the m side, decoded from their codes in
 // registers, and tokens (rows of x) on the n side, from shared memory. sm_90a.
 //
+//   two clusters or one, for a tile and half of K or all of it
 //   cluster      `share` blocks with neighbouring rows of W and the same tokens, times `split`
 //                parts of K of the same tile
 //   block        128 rows of W x kTokens tokens, tile after tile (split: one tile)
@@ -17,7 +18,8 @@
 // Shared memory: ring of stages, a unit each (x, where it is not apart; codes; scales) | x, a
 // ring of its own for 256 tokens and more | y on its way out, before that sums between
 // warpgroups | barriers. After the last multiply of a split tile the ring holds this block's
-// sums, which the cluster adds in the order of the parts: results do not depend on timing.
+// sums, which the cluster adds in the order of the parts, and two clusters' sums meet in
+// memory, where the second to come adds both: results do not depend on timing.
 //
 // qqmm's x comes in an order that suits codes better (lane_order.h).
 //
@@ -33,12 +35,16 @@
 // what is loaded next is asked for before it. 3.7 us pass before the first unit is there, half
 // of them before its copies are asked for, with instructions that no cache has yet. To ask for
 // less at first, so that the first scales meet no queue, does not help, and to ask for the
-// first lines from the warps that wait costs 1 us (2026-11-29).
+// first lines from the warps that wait costs 1 us (2026-11-29). Nor does it help to ask for the
+// first unit before the other barriers are there, as skinny does: 4-bit 21.0 and 20.9,
+// M=256 54.5 and 55.1. In a graph the kernel asks at 1.3 us (2.1 with 256 tokens), begins to
+// multiply at 2.7 (3.3), does so until 18.8 (47.6), and ends at 19.7 (50.3).
 #pragma once
 
 #include "kernels.h"
 #include "matmul_decode.cuh"
 #include "matmul_gather.cuh"
+#include "matmul_rules.h"
 #include "wgmma.h"
 
 namespace lowbit::cuda {
@@ -66,10 +72,14 @@ struct MatmulArgs {
   int x_bytes;            // of x that a block gets for 64 k
   int units, part;        // of 128 k: of K, and of each part (even)
   int out_tokens;         // that leave at once: kOutTokens, or 16 of a split tile
+  // Two clusters to a tile: where the second of them begin (else beyond the grid), sums of
+  // each block, of first and second clusters, and for two that meet a word: what `meeting` says
+  // once one has come, and one more if it met extreme scales.
+  uint32_t second_block;
+  float* sums;
+  unsigned long long *met, meeting;
   MatmulGather gather;
 };
-
-inline constexpr int kMostSplit = 4;
 
 template <class F, class T, int kTokens>
 struct MatmulShape {
@@ -170,10 +180,17 @@ struct MatmulBlock {
 
   __device__ MatmulBlock(const MatmulArgs& a, uint32_t base, bool quick)
       : a(a), base(base), quick(quick) {
-    const int rank = int(cluster_rank());
+    const int rank = int(cluster_rank()), before = is_second() ? a.split : 0;
     share_rank = quick ? rank & (a.share - 1) : rank % a.share;
     part = quick ? rank >> (a.share - 1) : rank / a.share;
-    first_unit = min(part * a.part, a.units), last_unit = min(first_unit + a.part, a.units);
+    first_unit = min((before + part) * a.part, a.units);
+    last_unit = min(first_unit + a.part, a.units);
+  }
+
+  // Of two clusters to a tile; and this block's number among those of the first or the second.
+  __device__ __forceinline__ bool is_second() const { return blockIdx.x >= a.second_block; }
+  __device__ __forceinline__ uint32_t block() const {
+    return blockIdx.x - (is_second() ? a.second_block : 0);
   }
 
   __device__ __forceinline__ uint32_t stage(uint32_t slot) const {
@@ -220,13 +237,13 @@ struct MatmulBlock {
       sync_threads<kMost>(0);
   }
 
-  // blockIdx.x / size. Not %clusterid, nor %nclusterid for their number: cudaGraphExecUpdate
+  // block() / size. Not %clusterid, nor %nclusterid for their number: cudaGraphExecUpdate
   // leaves a node's cluster as it was (launch.cpp), and these with it. Where they told the
   // warps that copy how many clusters there are, these went on to a second tile, of which the
   // others knew nothing: through MLX, 3-bit 4096x1408, M = 65 (33 clusters) after M = 64 (22)
   // failed, and does not without them (H200, CUDA 13, 2026-11-29).
   __device__ __forceinline__ int quick_cluster() const {
-    return int(a.cluster_part ? __umulhi(blockIdx.x, a.cluster_part) : blockIdx.x);
+    return int(a.cluster_part ? __umulhi(block(), a.cluster_part) : block());
   }
 
   // Tiles in the order in which clusters take them: tokens first within a panel of `panel`
@@ -236,7 +253,7 @@ struct MatmulBlock {
   template <class Body>
   __device__ __forceinline__ void each_tile(Body body) const {
     const int size = a.share * a.split;
-    const int cluster = quick ? quick_cluster() : int(blockIdx.x) / size;
+    const int cluster = quick ? quick_cluster() : int(block()) / size;
     const int clusters = quick ? a.clusters : int(gridDim.x) / size;
     const int whole = a.row_groups * a.panel;
     const int most = a.row_groups * a.token_tiles;
@@ -263,7 +280,7 @@ struct MatmulBlock {
         load_tile(to + i * kOne * 128, map, k, token0 + i * kOne, bar);
     } else {
       const int tokens = kTokens / 2 * share_rank;
-      load_tile(to + tokens * 128, map, k, token0 + tokens, bar, uint16_t(3 << 2 * part));
+      multicast_tile(to + tokens * 128, map, k, token0 + tokens, bar, uint16_t(3 << 2 * part));
     }
   }
   __device__ __forceinline__ const CUtensorMap& x_map() const {
@@ -273,6 +290,7 @@ struct MatmulBlock {
   // A lane: codes, and x where it is not apart.
   __device__ void copy() const {
     UnitRing ring;
+    const uint64_t policy = !kGather && a.token_tiles == 1 ? read_once() : read_again();
     const CUtensorMap& map = x_map();
     each_tile([&](int row0, int place) {
       const Tile tile(a.gather, row0, place);
@@ -281,7 +299,7 @@ struct MatmulBlock {
         const uint32_t bar = full(ring.slot), to = stage(ring.slot);
         wait_phase(empty(ring.slot), ring.parity ^ 1);
         arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * a.x_bytes));
-        load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row, bar);
+        load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row, bar, policy);
         if constexpr (!Shape::kApart) {
           copy_x(map, to, u * 128, token0, bar);
           copy_x(map, to + Shape::kXBytes, u * 128 + 64, token0, bar);

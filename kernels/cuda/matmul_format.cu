@@ -1,5 +1,8 @@
 // The matmul kernels of one format: compiled once for each row of formats.def, with its name in
 // LOWBIT_FORMAT.
+#include <atomic>
+#include <random>
+
 #include "clusters.h"
 #include "formats.h"
 #include "lane_order.h"
@@ -9,6 +12,16 @@
 namespace lowbit::cuda {
 
 namespace {
+
+// What no word of memory is by accident: another one each time, and even.
+unsigned long long meeting() {
+  static const uint64_t first = [] {
+    std::random_device random;
+    return uint64_t(random()) << 32 | random();
+  }();
+  static std::atomic<uint64_t> count{0};
+  return (first + count++ * 0x9e3779b97f4a7c15u) & ~uint64_t(1);
+}
 
 // Gathered: all rows that pairs bring, sorted by matrix, and all matrices' rows of w.
 template <class F, class T, int kTokens, bool kGather, bool kLanes>
@@ -29,8 +42,10 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.lane_order = kLanes, a.x_columns = int(kLanes ? lane_order_columns(p.K) : p.K);
   a.share = plan.rows / Shape::kRows;
   a.units = up(p.K, 128);
-  a.split = plan.split_k;
-  a.part = up(up(a.units, a.split), 2) * 2;
+  // More parts than a cluster has: two clusters to a tile.
+  const int halves = plan.split_k > kMostClusterSplit ? 2 : 1;
+  a.split = plan.split_k / halves;
+  a.part = up(up(a.units, plan.split_k), 2) * 2;
   a.token_tiles = int(token_tiles);
   a.row_groups = up(p.N, plan.rows);
   // 2048 tokens: 16 MB of x at K = 4096.
@@ -65,8 +80,16 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   const int cluster = a.share * a.split, tiles = a.row_groups * a.token_tiles;
   int clusters = most_clusters(matmul_kernel<F, T, kTokens, kGather, kLanes>, Shape::kThreads,
                                Shape::kBytes, cluster, queue.device().processors);
-  if (a.split > 1 || clusters > tiles) clusters = tiles;
+  if (a.split > 1 || clusters > tiles) clusters = tiles * halves;
   a.clusters = clusters;
+  a.second_block = 0xffffffffu;
+  if (halves == 2) {
+    const size_t blocks = size_t(tiles) * size_t(cluster);
+    a.second_block = uint32_t(blocks);
+    a.met = static_cast<unsigned long long*>(queue.scratch(blocks * 8));
+    a.sums = static_cast<float*>(queue.scratch(2 * blocks * kTokens * Shape::kRows * 4));
+    a.meeting = meeting();
+  }
   a.cluster_part = cluster == 1 ? 0 : uint32_t((uint64_t(1) << 32) / uint64_t(cluster) + 1);
   queue.run(matmul_kernel<F, T, kTokens, kGather, kLanes>, dim3(clusters * cluster),
             dim3(Shape::kThreads), size_t(Shape::kBytes), cluster, a);

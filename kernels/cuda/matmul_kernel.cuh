@@ -142,7 +142,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
     if constexpr (!Decode::kExtreme) return false;
     uint32_t met = 0;
 #pragma unroll
-    for (int p = 0; p < kMostSplit; p++)
+    for (int p = 0; p < kMostClusterSplit; p++)
       if (p < a.split) {
         const uint32_t rank = uint32_t(p * a.share + Block::share_rank);
         met |= load_remote_word(remote_address(Block::extreme_at(), rank));
@@ -175,14 +175,14 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
     for (int q = 0; q < kQuads; q++) store_quad(shared_sums(parity * kQuads + q), &own[4 * q]);
   }
   // This block's share of the tile's tokens, 16 at a time, summed over the parts of K in their
-  // order. All parts are asked for at once: one after the other took 2.3 us at M=64.
-  __device__ __forceinline__ void write_shared(const Tile& tile) {
-    const Epilogue e = epilogue(tile);
+  // order: body(sums, tokens / 16). All parts are asked for at once: one after the other took
+  // 2.3 us at M=64.
+  template <class Body>
+  __device__ __forceinline__ void each_shared_sum(Body body) const {
     for (int i = Block::part + parity * a.split; i < kTokens / 16; i += kParities * a.split) {
-      const uint32_t room = next_room();
-      float4 v[kMostSplit][2];
+      float4 v[kMostClusterSplit][2];
 #pragma unroll
-      for (int p = 0; p < kMostSplit; p++)
+      for (int p = 0; p < kMostClusterSplit; p++)
         if (p < a.split) {
           const uint32_t rank = uint32_t(p * a.share + Block::share_rank);
           const uint32_t from = remote_address(shared_sums(2 * i), rank);
@@ -190,7 +190,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
         }
       float d[8] = {};
 #pragma unroll
-      for (int p = 0; p < kMostSplit; p++)
+      for (int p = 0; p < kMostClusterSplit; p++)
         if (p < a.split) {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
@@ -198,9 +198,58 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
             d[4 * h] += w.x, d[4 * h + 1] += w.y, d[4 * h + 2] += w.z, d[4 * h + 3] += w.w;
           }
         }
+      body(d, i);
+    }
+  }
+  // Where this lane's of them lie in memory, of the first or the second of two clusters.
+  __device__ __forceinline__ float4* summed(bool second, int i) const {
+    const size_t block = (second ? a.second_block : 0) + Block::block();
+    return reinterpret_cast<float4*>(a.sums) + ((block * (kTokens / 16) + i) * 2 + half) * 256 +
+           (warp * 32 + lane) * 2;
+  }
+  // To y, or to memory for the second of two clusters that comes to. Returns whether they are
+  // in y; met: whether extreme scales were met, of both.
+  __device__ __forceinline__ bool write_shared(const Tile& tile, bool& met) {
+    constexpr int kThreads = 128 * Shape::kGroups;
+    const Epilogue e = epilogue(tile);
+    const auto to_y = [&](float(&d)[8], int i) {
+      const uint32_t room = next_room();
       put(e, d, tile.token0 + 16 * i, room);
       send(room, tile.row0, tile.token0 + 16 * i);
+    };
+    if (!a.sums) {
+      each_shared_sum(to_y);
+      return true;
     }
+    each_shared_sum([&](float(&d)[8], int i) {
+      float4* const to = summed(Block::is_second(), i);
+      __stcg(to, float4{d[0], d[1], d[2], d[3]});
+      __stcg(to + 1, float4{d[4], d[5], d[6], d[7]});
+    });
+    __threadfence();
+    met = sync_any<kThreads>(5, met);
+    bool last = false, other_met = false;
+    if (threadIdx.x == 0) {
+      auto* const word = a.met + Block::block();
+      const unsigned long long was = atomicExch(word, a.meeting + met);
+      last = (was & ~1ull) == a.meeting, other_met = last && (was & 1) != 0;
+      if (last) *word = 0;  // the next run of a captured graph has the same `meeting`
+    }
+    last = sync_any<kThreads>(5, last);
+    met |= sync_any<kThreads>(5, other_met);
+    if (!last) return false;
+    __threadfence();
+    for (int i = Block::part + parity * a.split; i < kTokens / 16; i += kParities * a.split) {
+      float4 v[2][2];
+#pragma unroll
+      for (int s = 0; s < 2; s++)
+        v[s][0] = __ldcg(summed(s, i)), v[s][1] = __ldcg(summed(s, i) + 1);
+      float d[8] = {v[0][0].x + v[1][0].x, v[0][0].y + v[1][0].y, v[0][0].z + v[1][0].z,
+                    v[0][0].w + v[1][0].w, v[0][1].x + v[1][1].x, v[0][1].y + v[1][1].y,
+                    v[0][1].z + v[1][1].z, v[0][1].w + v[1][1].w};
+      to_y(d, i);
+    }
+    return true;
   }
 };
 
@@ -277,10 +326,9 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
       }
       cluster_sync();
       block.each_tile([&](int row0, int place) {
-        const bool met = group.met_extreme();
+        bool met = group.met_extreme();
         const typename Writer::Tile tile(a.gather, row0, place);
-        group.write_shared(tile);
-        group.mend(met, tile, block.part, a.split);
+        if (group.write_shared(tile, met)) group.mend(met, tile, block.part, a.split);
       });
     }
     wait_for_stores<0>();

@@ -85,23 +85,35 @@ inline bool matmul_preferred(const Problem& p) {
   return !few_tiles && (many || (p.M > 4 && f.bits == 8 && large));
 }
 
+// Parts of K that a cluster has; more are two clusters'. 14336x4096, 32 tiles of 128 rows: 32
+// clusters of three blocks are 96 of 132 multiprocessors, 32 of four do not run at once, 64 of
+// two do. Clusters of three and two of two, M = 33, 64, 128: 3-bit 25.5 23.9, 25.9 25.5, 36.7
+// 34.7 us; 4-bit 24.3 22.9, 24.5 23.7, 35.8 33.5; 8-bit 26.4 26.9, 28.5 28.4, 39.4 37.6; mxfp8
+// 28.5 26.3, 29.5 28.3, 40.8 38.5; nvfp4 28.0 25.7, 28.1 25.8, 39.5 37.0 (H200, 2026-11-29).
+// What the second to come pays for is in the model: 2.5 us, and 0.008 a token.
+inline constexpr int kMostClusterSplit = 3;
+
 inline Plan matmul_plan(const Problem& p, const Device& device) {
   const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
   Plan best{};
   float least = 0.0f;
   for (const MatmulTiling& t : kMatmulTilings)
     for (int share : {1, 2})
-      for (int split : {1, 2, 3}) {
+      for (int split : {1, 2, 3, 4}) {
+        const int halves = split > kMostClusterSplit ? 2 : 1;
         const int64_t units = up(p.K, 128), part = up(up(units, split), 2) * 2;
         if (split > 1 && part * (split - 1) >= units) continue;
         const int64_t tiles = up(p.N, 128 * share) * up(p.M, t.tokens);
-        const int64_t rounds = up(tiles, clusters_at_once(device.processors, share * split));
+        const int64_t rounds =
+            up(tiles * halves, clusters_at_once(device.processors, share * split / halves));
+        if (halves == 2 && (rounds > 1 || t.tokens > 128)) continue;
         // Sharing x spares the L2 cache, and ties two blocks together. Each copies half of a
         // tile's tokens, filled up: M=140 54.9 us where 51.8 without, M=200 52.0 and 53.8.
         const float shared = 4 * p.M > 3 * t.tokens ? t.shared : 1.07f;
         const float unit = t.unit * (share == 2 ? shared : 1.0f);
         const float time = float(rounds) * (float(split > 1 ? part : units) * unit + 1.0f) +
-                           t.tile + (split > 1 ? 1.0f : 0.0f) + (share == 2 ? 0.1f : 0.0f);
+                           t.tile + (split > 1 ? 1.0f : 0.0f) + (share == 2 ? 0.1f : 0.0f) +
+                           (halves == 2 ? 2.5f + 0.008f * float(t.tokens) : 0.0f);
         if (least != 0.0f && time >= least) continue;
         least = time;
         best = {Plan::Kernel::matmul, t.tokens, 128 * share, t.tokens == 256 ? 4 : 8, split};

@@ -13,7 +13,10 @@
 // Copies are the copy engine's, a row each, and as long as the ring allows: one warp issues
 // about one in 7 ns (with 256 bytes a copy it could not keep up: 20 us for 4-bit 4096x14336
 // without any arithmetic). Rings of each warp's own, filled by its own cp.async, tie the copies
-// to the arithmetic: 14.9 us where reading alone takes 9.6 (H200, 2026-11-22).
+// to the arithmetic: 14.9 us where reading alone takes 9.6 (H200, 2026-11-22). A tensor copy of
+// all rows' scales, which are 32 of the 48 copies of a 4-bit stage, is slower than one a
+// row: 11.9 and 12.8 us at M = 1, nvfp4 13.4 and 14.1, experts of 16 tokens 69 and 74
+// (2026-11-29).
 //
 // What the 12.4 us of 4-bit 4096x14336 at M = 1 are (H200, 2026-11-28; reading alone 9.6): ncu
 // counts, at 1.35 GHz, 19,700 cycles and 10,600 instructions a scheduler, 7,500 of them the
@@ -30,7 +33,10 @@
 // instructions of products changed nothing (visits to only those stages that have a slice of
 // the warp's; with M = 4 those cost up to 0.4 us), nor did 20 or 24 warps that multiply (11.8;
 // 4096x4096 0.1 to 0.2 slower), nor sums gone through once before the first tile, so that their
-// text is there at the end (no change).
+// text is there at the end (no change). Blocks end between 8.4 and 10.8 us after the first has
+// begun, those with seven tiles of 16 rows between 9.1 and 10.8, others from run to run: with
+// as many rows for each of them, to the row, it takes 12.2 where whole tiles take 11.9
+// (4096x28672 20.9 and 19.8, experts of one token 12.3 and 11.4).
 //
 // nvfp4 (14.7, and 13.9 in four teams) waits for no stage: with one team it takes 14,600
 // instructions a scheduler, 8,200 of them its products', half of those logic, which issues

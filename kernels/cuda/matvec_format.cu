@@ -92,7 +92,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
 
 template <class F, class T, int TOK>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
-  if constexpr (matvec_quantizes(Format::LOWBIT_FORMAT) && std::is_same_v<T, bf16>)
+  if constexpr (matvec_quantizes(Format::LOWBIT_FORMAT, TOK) && std::is_same_v<T, bf16>)
     if (p.quantize_x) return launch<F, T, TOK, true>(p, plan, queue);
   launch<F, T, TOK, false>(p, plan, queue);
 }

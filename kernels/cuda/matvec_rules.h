@@ -193,12 +193,13 @@ constexpr Plan matvec_plan(const Problem& p, const Device& device) {
   return fits;
 }
 
-// Whether matvec quantizes x as it stages it, rather than a kernel before it. With e2m1 the
-// code for that is long, each block runs it once, and no cache has it yet: 4096x14336, M = 1,
-// mxfp8 20.0 us with it and 20.7 without quantizing, nvfp4 22.4 and 16.5 (H200, 2026-11-23).
-constexpr bool matvec_quantizes(Format format) {
+// Whether matvec quantizes x as it stages it, rather than a kernel before it. With e2m1 more
+// than one row takes longer than that kernel: 4096x14336, nvfp4, M = 1 and 4, kernel before and
+// as it stages: 15.5 13.8, 16.0 16.5 us; 4096x4096 8.8 7.0, 8.7 10.1; 14336x4096 15.8 15.9,
+// 16.1 16.0 (H200, 2026-11-29).
+constexpr bool matvec_quantizes(Format format, int64_t M) {
   const FormatInfo& f = kFormats[int(format)];
-  return !f.affine() && f.bits == 8;
+  return !f.affine() && (f.bits == 8 || (format == Format::nvfp4 && M == 1));
 }
 
 // Shared memory for a matrix while a block sorts rows: of each warp with rows how many are

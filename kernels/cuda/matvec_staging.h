@@ -195,6 +195,7 @@ struct MatvecStaging {
     const uint32_t to_scales = kRows * at.code_row + first * at.scale_row;
     const uint32_t to_biases = to_scales + kRows * at.scale_row;
     const int64_t next_codes = kRows * a.row_bytes, next_scales = int64_t(kRows) * row_scales;
+    const uint64_t once = read_once();
     int left = a.N - run.first_tile * kRows - first;  // rows
 #pragma unroll 1
     for (int tile = 0; tile < run.tiles; tile++) {
@@ -214,14 +215,15 @@ struct MatvecStaging {
         for (int i = 0; i < kMine; i++)
           if (i < rows)
             copy_bulk(place.stage + to_codes + i * at.code_row, from_codes + i * a.row_bytes,
-                      bytes, bar);
+                      bytes, bar, once);
 #pragma unroll
         for (int i = 0; i < kMine; i++)
           if (i < rows) {
             const int64_t from = from_scales + i * row_scales;
             const uint32_t to = place.stage + i * at.scale_row;
-            copy_bulk(to + to_scales, a.scales + from, scale_bytes, bar);
-            if (Shape::kAffine) copy_bulk(to + to_biases, a.biases + from, scale_bytes, bar);
+            copy_bulk(to + to_scales, a.scales + from, scale_bytes, bar, once);
+            if (Shape::kAffine)
+              copy_bulk(to + to_biases, a.biases + from, scale_bytes, bar, once);
           }
         from_codes += some_codes, from_scales += some_scales;
         next_place(place);
@@ -324,11 +326,10 @@ struct MatvecStaging {
         for (int i = 0; i < 4; i++) pairs[i] = H::pack(x[2 * i], x[2 * i + 1]);
       }
   }
-  // One of them, of a group that lies across the warp.
+  // One of them, of groups that lie across the warp.
   __device__ __forceinline__ float quantize(float x) const {
-    static_assert(F::kGroup == 32);
     float largest = magnitude(x), some[8] = {x};
-    for (int other = 1; other < 32; other *= 2)
+    for (int other = 1; other < F::kGroup; other *= 2)
       largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
     round_trip<F>(some, Block<F>(to_bits(largest), enlarge_by(a.global_x)));
     return some[0];

@@ -94,7 +94,10 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
         plan.kernel == Plan::Kernel::matvec && matvec_pair_by_pair(p.M, p.pairs);
     text << (one_by_one ? ", pair by pair" : ", rows of x sorted by matrix first");
   }
-  if (plan.split_k > 1) text << ", K split over clusters of " << plan.split_k << " blocks";
+  if (plan.kernel == Plan::Kernel::matmul && plan.split_k > kMostClusterSplit)
+    text << ", K split over two clusters of " << plan.split_k / 2 << " blocks";
+  else if (plan.split_k > 1)
+    text << ", K split over clusters of " << plan.split_k << " blocks";
   text << ", compute capability " << device.capability / 10 << "." << device.capability % 10;
   return text.str();
 }

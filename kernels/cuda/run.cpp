@@ -48,7 +48,7 @@ void run(const Product& asked, Queue& queue) {
     plan = {Plan::Kernel::simt, 0, 0, 0, 0};
   // matvec may quantize x as it stages it; simt does, as it reads x.
   const bool staged =
-      plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format);
+      plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format, p.M);
   if (p.quantize_x && plan.kernel != Plan::Kernel::simt && !staged)
     quantize_x(p,
                plan.kernel == Plan::Kernel::matmul && !p.rhs &&

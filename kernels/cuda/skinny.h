@@ -118,19 +118,21 @@ struct SkinnyBlock {
   // Copies of a stage, and of a span of scales.
   __device__ __forceinline__ void ask_stage(int index, int row, int k) const {
     const uint32_t to = base + index * a.at.stage, bar = full(index);
+    const uint64_t once = read_once();
     arrive_expecting(bar, a.stage_bytes);
     if constexpr (kWholeRows)
-      load_tile(to, a.code_map, k * F::kBits / 16, row, bar);
+      load_tile(to, a.code_map, k * F::kBits / 16, row, bar, once);
     else
-      load_blocks(to, a.code_map, row, 0, k / kBoxCodes, bar);
+      load_blocks(to, a.code_map, row, 0, k / kBoxCodes, bar, once);
     load_blocks(to + a.at.x, a.x_map, 0, 0, k / kChunk, bar);
     load_blocks(to + a.at.x + a.at.x_half, a.x_map, 0, 1, k / kChunk, bar);
   }
   __device__ __forceinline__ void ask_span(int index, int row, int k) const {
     const uint32_t to = base + a.at.spans + index * a.at.span, bar = span_full(index);
     arrive_expecting(bar, uint32_t((kAffine ? 2 : 1) * rows() * a.at.scale_row));
-    load_tile(to, a.scale_map, k / F::kGroup, row, bar);
-    if (kAffine) load_tile(to + a.at.biases, a.bias_map, k / F::kGroup, row, bar);
+    const uint64_t once = read_once();
+    load_tile(to, a.scale_map, k / F::kGroup, row, bar, once);
+    if (kAffine) load_tile(to + a.at.biases, a.bias_map, k / F::kGroup, row, bar, once);
   }
   // One thread: all of them as slots become free, but for the first of either, which has been
   // asked for.

@@ -146,6 +146,10 @@ constexpr Plan skinny_plan(const Problem& p, const Device& device) {
 //   4096x1024   16    8.3  5.5   9.2  5.6  10.3  5.5   8.5  6.0   6.8  5.5
 //   4096x1024   32    9.4  6.2   9.8  6.3             10.7  7.2  11.9  6.1
 //   4096x28672  16   30.0 28.6  30.9 30.1  38.1 37.4  39.3 39.2  37.9 32.8
+//
+// Where matvec quantizes x to mxfp8 as it stages it, skinny after a kernel that does, M = 2, 4,
+// 8: 4096x14336 18.7 20.7, 18.8 20.8, 22.5 21.8; 4096x4096 8.0 9.5, 8.4 9.5, 11.1 10.1;
+// 4096x28672 32.6 34.7, 33.0 34.8, 36.7 39.8; 4096x1024 6.7 6.3, -, 7.9 7.4 (H200, 2026-11-29).
 inline bool skinny_preferred(const Problem& asked, const Device& device) {
   const int64_t turn =
       int64_t(SkinnySizes::kMostTiles) * SkinnySizes::kRows * device.processors;
@@ -156,7 +160,9 @@ inline bool skinny_preferred(const Problem& asked, const Device& device) {
   if (asked.M > 8) return true;
   if (asked.M > 1 && asked.K > 8192) return true;
   if (asked.M > 1 && asked.format == Format::nvfp4 && tiles > 1 && asked.N <= turn) return true;
-  if (asked.quantize_x && matvec_quantizes(asked.format)) return false;
+  if (asked.quantize_x && matvec_quantizes(asked.format, asked.M) &&
+      (asked.M <= 4 || asked.N > turn))
+    return false;
   return asked.M > 4 && (tiles <= 2 || f.bits == 8);
 }
 

@@ -82,7 +82,7 @@ __device__ __forceinline__ int turn_of(int row, int row_bytes) {
 }
 
 // The tile whose first element is (row, column), to `to` of this block, or of the blocks of the
-// cluster in `blocks` (bits by rank). Completes on `bar`, of each of them.
+// cluster in `blocks` (bits by rank). Completes on `bar`, of each of them. policy: pipeline.h.
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, int column,
                                           int row, uint32_t bar) {
   asm volatile(
@@ -92,7 +92,15 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, i
       : "memory");
 }
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, int column,
-                                          int row, uint32_t bar, uint16_t blocks) {
+                                          int row, uint32_t bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(bar), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void multicast_tile(uint32_t to, const CUtensorMap& map, int column,
+                                               int row, uint32_t bar, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
@@ -107,6 +115,15 @@ __device__ __forceinline__ void load_blocks(uint32_t to, const CUtensorMap& map,
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
       "l"(&map), "r"(0), "r"(row), "r"(first), "r"(block), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ void load_blocks(uint32_t to, const CUtensorMap& map, int row,
+                                            int first, int block, uint32_t bar,
+                                            uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(&map), "r"(0), "r"(row), "r"(first), "r"(block), "r"(bar), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {

@@ -199,12 +199,13 @@ struct Shape {
   int64_t M, N, K;
 };
 inline constexpr Shape kShapes[] = {
-    {1, 64, 512},    {1, 1, 32},     {1, 300, 4128},   {2, 65, 96},     {3, 200, 1056},
-    {4, 72, 640},    {5, 129, 160},  {7, 16, 2080},    {8, 64, 4096},   {9, 17, 16},
-    {13, 33, 224},   {16, 96, 2048}, {17, 257, 416},   {24, 100, 1504}, {31, 48, 288},
-    {32, 128, 1024}, {33, 40, 544},  {64, 64, 64},     {65, 130, 352},  {100, 72, 1248},
-    {128, 256, 512}, {129, 136, 48}, {200, 300, 1000}, {256, 64, 320},  {300, 200, 480},
-    {14, 200, 4160}, {9, 40, 8192},  {31, 36, 9216},   {1, 40, 9472},
+    {1, 64, 512},      {1, 1, 32},     {1, 300, 4128},   {2, 65, 96},     {3, 200, 1056},
+    {4, 72, 640},      {5, 129, 160},  {7, 16, 2080},    {8, 64, 4096},   {9, 17, 16},
+    {13, 33, 224},     {16, 96, 2048}, {17, 257, 416},   {24, 100, 1504}, {31, 48, 288},
+    {32, 128, 1024},   {33, 40, 544},  {64, 64, 64},     {65, 130, 352},  {100, 72, 1248},
+    {128, 256, 512},   {129, 136, 48}, {200, 300, 1000}, {256, 64, 320},  {300, 200, 480},
+    {14, 200, 4160},   {9, 40, 8192},  {31, 36, 9216},   {1, 40, 9472},   {40, 200, 12288},
+    {100, 136, 12288},
 };
 // Blocks of many rows, and several of them one after another (132 multiprocessors).
 inline constexpr Shape kTallShapes[] = {
@@ -294,8 +295,8 @@ inline std::vector<Case> product_cases(bool quick) {
   // Scales that are beyond what the decoder of tensor cores carries.
   for (const FormatInfo& f : kFormats)
     for (bool quantize_x : {false, true})
-      for (const Shape& s :
-           {Shape{3, 40, 288}, Shape{12, 136, 1536}, Shape{40, 136, 672}, Shape{70, 72, 768}})
+      for (const Shape& s : {Shape{3, 40, 288}, Shape{12, 136, 1536}, Shape{40, 136, 672},
+                             Shape{70, 72, 768}, Shape{40, 136, 12288}})
         for (int exponent : {56, -100}) {
           if (default_scales(f, Dtype::bf16) == ScaleType::e4m3) continue;
           if (quantize_x && f.affine()) continue;

@@ -49,9 +49,21 @@ def test_large_matrices_of_8_bits_leave_matvec_sooner(fmt, M):
     assert kernel == (SKINNY if fmt.bits == 8 or fmt.mode == "nvfp4" else MATVEC), words
     words, kernel, *_ = plan(fmt, M, 14336, 4096 + 128)
     assert kernel == (MATMUL if fmt.bits == 8 else MATVEC), words
-    if fmt.mode == "mxfp8":  # matvec can quantize x itself
-        words, kernel, *_ = plan(fmt, M, 14336, 4096, quantize_x=True)
-        assert kernel == MATVEC, words
+
+
+@pytest.mark.parametrize(
+    "name, M, N, kernel",
+    [
+        ("nvfp4", 1, 14336, MATVEC),
+        ("nvfp4", 2, 14336, SKINNY),
+        ("mxfp8", 4, 14336, MATVEC),
+        ("mxfp8", 5, 14336, SKINNY),
+        ("mxfp8", 8, 28672, MATVEC),
+    ],
+)
+def test_matvec_takes_the_rows_that_it_quantizes_for_less(name, M, N, kernel):
+    words, got, *_ = plan(get(name), M, N, 4096, quantize_x=True)
+    assert got == kernel, words
 
 
 @pytest.mark.parametrize(
@@ -107,6 +119,15 @@ def test_tiles_are_as_wide_as_x(fmt, M, N, tokens):
 def test_blocks_share_the_tokens_of_large_tiles(fmt, M, rows):
     words, kernel, tokens, got, *_ = plan(fmt, M, 14336, 4096)
     assert (kernel, tokens, got) == (MATMUL, 64 if M == 64 else 256, rows), words
+
+
+@pytest.mark.parametrize(
+    "M, N, K, two", [(64, 4096, 14336, True), (100, 4096, 14336, True), (256, 4096, 14336, False),
+                     (64, 8192, 14336, False), (64, 4096, 4096, False), (40, 200, 12288, True)]
+)  # fmt: skip
+def test_long_rows_of_few_tiles_are_two_clusters(fmt, M, N, K, two):
+    words, kernel, *_, split = plan(fmt, M, N, K)
+    assert kernel == MATMUL and (split == 4) == two == ("two clusters of 2 blocks" in words), words
 
 
 def test_many_rows_on_hopper_use_wgmma(fmt):
