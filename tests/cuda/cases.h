@@ -214,8 +214,8 @@ inline constexpr Shape kTallShapes[] = {
 // turns of its warps of scales, with a ring of six stages (8 bits).
 inline constexpr Shape kManyTiles = {33, 34000, 1024};
 inline constexpr Shape kQuickShapes[] = {
-    {1, 65, 288},   {6, 40, 1056}, {12, 136, 1536}, {5, 33, 1024},
-    {20, 40, 2048}, {25, 72, 864}, {70, 72, 288},   {70, 136, 1536},
+    {1, 65, 288},  {6, 40, 1056}, {12, 136, 1536}, {5, 33, 1024},   {20, 40, 2048},
+    {25, 72, 864}, {70, 72, 288}, {70, 136, 1536}, {40, 40, 12288},
 };
 
 struct GatherShape {
