@@ -37,9 +37,10 @@ struct MatvecSizes {
   // 3-bit 16.1, 15.4, 14.5 us; experts of 16 tokens 101, 96, 89 (H200, 2026-11-23). As many as
   // the ring allows: at most this. mxfp8's ring is too short for 4, and one team meets after
   // each tile: 4096x14336 at M = 4 20.8 us, 18.7 with two (H200, 2026-11-29). With affine codes
-  // of 8 bits two were no gain.
+  // of 8 bits two were no gain; one row of mxfp8, one team and two: 18.5 18.3, 4096x28672 32.4
+  // 32.1, 4096x6144 10.1 9.9, 4096x4096 as long.
   constexpr int most_teams() const {
-    if (tokens > 8 || (tokens == 1 && !slow())) return 1;
+    if (tokens > 8 || (tokens == 1 && !slow() && !e4m3())) return 1;
     return e4m3() ? 2 : 4;
   }
   // One row of x whose products take longer than its copies.
