@@ -124,9 +124,9 @@ __device__ __forceinline__ void expect(uint32_t bar, uint32_t bytes) {
 // What copies tell the L2 cache. Weights that are read once leave it first, so that x, y and
 // the text of kernels stay. Without and with, 4096x14336: M = 1 4-bit 12.2 and 11.9 us,
 // nvfp4 13.7 and 13.5; M = 16 8-bit 19.9 and 19.4; M = 64 4-bit 21.6 and 20.9, nvfp4 24.1
-// and 23.1; 4096x4096 M = 1 4-bit 5.9 and 5.7. Weights of experts, which several tiles of rows
-// read, stay: 4096 tokens 3-bit 724 and 770. For x nothing is said: evict_normal, which is the
-// default by name, took 4-bit M = 64 from 20.9 to 24.0, evict_last was no gain (H200,
+// and 23.1; 4096x4096 M = 1 4-bit 5.9 and 5.7. What several of matmul's tiles of tokens read
+// stays: experts, 4096 tokens, 3-bit 724 and 770. For x nothing is said: evict_normal, which is
+// the default by name, took 4-bit M = 64 from 20.9 to 24.0, evict_last was no gain (H200,
 // 2026-11-29).
 __device__ __forceinline__ uint64_t read_once() {
   uint64_t policy;
