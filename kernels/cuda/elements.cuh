@@ -12,6 +12,7 @@
 #include "../formats/mxfp8.h"
 #include "../formats/nvfp4.h"
 #include "../host/problem.h"
+#include "e4m3.cuh"
 
 namespace lowbit::cuda {
 
@@ -145,26 +146,6 @@ __device__ __forceinline__ uint32_t encode_element(float x) {
     return Code::encode(x);
 }
 
-// E4m3 in the conversions of compute capability 8.9 and later.
-__device__ __forceinline__ uint32_t encode_e4m3(float x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  uint16_t pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
-  return pair;
-#else
-  return E4m3::encode(x);
-#endif
-}
-__device__ __forceinline__ float decode_e4m3(uint32_t code) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  uint32_t pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(uint16_t(code)));
-  return to_float(pair & 0xffffu, Dtype::f16);
-#else
-  return E4m3::decode(code);
-#endif
-}
-
 // How a group of a block format is encoded: scale byte, and what elements are multiplied by.
 template <class F>
 struct Block {
@@ -179,7 +160,7 @@ struct Block {
     if constexpr (kPowers)
       fitted = q == 0.0f ? 0u : F::fit(q, enlarge);
     else
-      fitted = encode_e4m3(__fmul_rn(q, enlarge));
+      fitted = encode_e4m3(__fmul_rn(q, enlarge), 0.0f);
     scale = most < 0x7f800000u ? fitted : F::kNanScale;
     // The step of powers of two is the inverse of the scale already.
     factor = kPowers ? F::step(scale) : __fdiv_rn(enlarge, value());
@@ -189,7 +170,7 @@ struct Block {
     if constexpr (kPowers)
       return F::Scale::decode(scale);
     else
-      return decode_e4m3(scale);
+      return decode_e4m3(scale).x;
   }
   __device__ __forceinline__ uint32_t encode(float x) const {
     const uint32_t code = encode_element<typename F::Code>(__fmul_rn(x, factor));
@@ -263,7 +244,6 @@ struct Eight<E2m1> {
   }
 };
 
-// The conversions of compute capability 8.9 and later.
 template <>
 struct Eight<E4m3> {
   static constexpr int kWords = 2;
@@ -271,31 +251,14 @@ struct Eight<E4m3> {
   static __device__ __forceinline__ void decode(uint64_t codes, float (&out)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-      uint32_t pair;
-      const auto two = uint16_t(codes >> (8 * i));
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
-      out[i] = to_float(pair & 0xffffu, Dtype::f16),
-      out[i + 1] = to_float(pair >> 16, Dtype::f16);
-#else
-      out[i] = E4m3::decode(code_of<8>(codes, i));
-      out[i + 1] = E4m3::decode(code_of<8>(codes, i + 1));
-#endif
+      const float2 two = decode_e4m3(uint32_t(codes >> (8 * i)));
+      out[i] = two.x, out[i + 1] = two.y;
     }
   }
   static __device__ __forceinline__ void encode(const float (&x)[8], uint32_t (&out)[2]) {
     out[0] = out[1] = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-      uint16_t pair;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(x[i + 1]), "f"(x[i]));
-      const uint32_t codes = pair;
-#else
-      const uint32_t codes = E4m3::encode(x[i]) | E4m3::encode(x[i + 1]) << 8;
-#endif
-      out[i / 4] |= codes << (8 * (i % 4));
-    }
+    for (int i = 0; i < 8; i += 2) out[i / 4] |= encode_e4m3(x[i], x[i + 1]) << (8 * (i % 4));
   }
 };
 

@@ -13,6 +13,7 @@
 #include "../formats/mxfp4.h"
 #include "../formats/mxfp8.h"
 #include "../formats/nvfp4.h"
+#include "e4m3.cuh"
 #include "half.h"
 #include "pair_order.h"
 
@@ -140,13 +141,7 @@ class LaneAt<3, 2> {
 // Scales of two groups beside each other, from two bytes.
 template <class Scale>
 __device__ __forceinline__ float2 two_scales(uint32_t bytes) {
-#if __CUDA_ARCH__ >= 890
-  if constexpr (std::is_same_v<Scale, E4m3>) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(uint16_t(bytes)));
-    return {Half<f16>::low(pair), Half<f16>::high(pair)};
-  }
-#endif
+  if constexpr (std::is_same_v<Scale, E4m3>) return decode_e4m3(bytes);
   return {Scale::decode(bytes & 0xffu), Scale::decode(bytes >> 8)};
 }
 

@@ -42,8 +42,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.lane_order = kLanes, a.x_columns = int(kLanes ? lane_order_columns(p.K) : p.K);
   a.share = plan.rows / Shape::kRows;
   a.units = up(p.K, 128);
-  // More parts than a cluster has: two clusters to a tile.
-  const int halves = plan.split_k > kMostClusterSplit ? 2 : 1;
+  const int halves = clusters_of_tile(plan.split_k);
   a.split = plan.split_k / halves;
   a.part = up(up(a.units, plan.split_k), 2) * 2;
   a.token_tiles = int(token_tiles);

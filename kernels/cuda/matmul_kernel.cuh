@@ -174,12 +174,17 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
 #pragma unroll
     for (int q = 0; q < kQuads; q++) store_quad(shared_sums(parity * kQuads + q), &own[4 * q]);
   }
-  // This block's share of the tile's tokens, 16 at a time, summed over the parts of K in their
-  // order: body(sums, tokens / 16). All parts are asked for at once: one after the other took
-  // 2.3 us at M=64.
+  // This warpgroup's share of the tile's tokens, 16 at a time: body(tokens / 16).
+  template <class Body>
+  __device__ __forceinline__ void each_share(Body body) const {
+    for (int i = Block::part + parity * a.split; i < kTokens / 16; i += kParities * a.split)
+      body(i);
+  }
+  // The same, summed over the parts of K in their order: body(sums, tokens / 16). All parts are
+  // asked for at once: one after the other took 2.3 us at M=64.
   template <class Body>
   __device__ __forceinline__ void each_shared_sum(Body body) const {
-    for (int i = Block::part + parity * a.split; i < kTokens / 16; i += kParities * a.split) {
+    each_share([&](int i) {
       float4 v[kMostClusterSplit][2];
 #pragma unroll
       for (int p = 0; p < kMostClusterSplit; p++)
@@ -199,7 +204,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
           }
         }
       body(d, i);
-    }
+    });
   }
   // Where this lane's of them lie in memory, of the first or the second of two clusters.
   __device__ __forceinline__ float4* summed(bool second, int i) const {
@@ -239,7 +244,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
     met |= sync_any<kThreads>(5, other_met);
     if (!last) return false;
     __threadfence();
-    for (int i = Block::part + parity * a.split; i < kTokens / 16; i += kParities * a.split) {
+    each_share([&](int i) {
       float4 v[2][2];
 #pragma unroll
       for (int s = 0; s < 2; s++)
@@ -248,7 +253,7 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
                     v[0][0].w + v[1][0].w, v[0][1].x + v[1][1].x, v[0][1].y + v[1][1].y,
                     v[0][1].z + v[1][1].z, v[0][1].w + v[1][1].w};
       to_y(d, i);
-    }
+    });
     return true;
   }
 };

@@ -92,6 +92,7 @@ inline bool matmul_preferred(const Problem& p) {
 // 28.5 26.3, 29.5 28.3, 40.8 38.5; nvfp4 28.0 25.7, 28.1 25.8, 39.5 37.0 (H200, 2026-11-29).
 // What the second to come pays for is in the model: 2.5 us, and 0.008 a token.
 inline constexpr int kMostClusterSplit = 3;
+constexpr int clusters_of_tile(int split) { return split > kMostClusterSplit ? 2 : 1; }
 
 inline Plan matmul_plan(const Problem& p, const Device& device) {
   const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
@@ -100,7 +101,7 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
   for (const MatmulTiling& t : kMatmulTilings)
     for (int share : {1, 2})
       for (int split : {1, 2, 3, 4}) {
-        const int halves = split > kMostClusterSplit ? 2 : 1;
+        const int halves = clusters_of_tile(split);
         const int64_t units = up(p.K, 128), part = up(up(units, split), 2) * 2;
         if (split > 1 && part * (split - 1) >= units) continue;
         const int64_t tiles = up(p.N, 128 * share) * up(p.M, t.tokens);

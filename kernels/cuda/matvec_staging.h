@@ -328,10 +328,9 @@ struct MatvecStaging {
   }
   // One of them, of groups that lie across the warp.
   __device__ __forceinline__ float quantize(float x) const {
-    float largest = magnitude(x), some[8] = {x};
-    for (int other = 1; other < F::kGroup; other *= 2)
-      largest = most(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-    round_trip<F>(some, Block<F>(to_bits(largest), enlarge_by(a.global_x)));
+    const float own[1] = {x};
+    float some[8] = {x};
+    round_trip<F>(some, Block<F>(largest_of<F>(own), enlarge_by(a.global_x)));
     return some[0];
   }
   // Of the 8 codes at k of this lane, when x is staged: their block of 32, and the lane of a

@@ -94,7 +94,7 @@ std::string describe(const Problem& p, const Plan& plan, const Device& device) {
         plan.kernel == Plan::Kernel::matvec && matvec_pair_by_pair(p.M, p.pairs);
     text << (one_by_one ? ", pair by pair" : ", rows of x sorted by matrix first");
   }
-  if (plan.kernel == Plan::Kernel::matmul && plan.split_k > kMostClusterSplit)
+  if (plan.kernel == Plan::Kernel::matmul && clusters_of_tile(plan.split_k) == 2)
     text << ", K split over two clusters of " << plan.split_k / 2 << " blocks";
   else if (plan.split_k > 1)
     text << ", K split over clusters of " << plan.split_k << " blocks";

@@ -81,8 +81,8 @@ __device__ __forceinline__ int turn_of(int row, int row_bytes) {
                            : 0;
 }
 
-// The tile whose first element is (row, column), to `to` of this block, or of the blocks of the
-// cluster in `blocks` (bits by rank). Completes on `bar`, of each of them. policy: pipeline.h.
+// The tile whose first element is (row, column), to `to`. Completes on `bar`. policy:
+// pipeline.h.
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, int column,
                                           int row, uint32_t bar) {
   asm volatile(
@@ -99,6 +99,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, i
       "l"(&map), "r"(column), "r"(row), "r"(bar), "l"(policy)
       : "memory");
 }
+// The same to the blocks of the cluster in `blocks` (bits by rank), on each one's `bar`.
 __device__ __forceinline__ void multicast_tile(uint32_t to, const CUtensorMap& map, int column,
                                                int row, uint32_t bar, uint16_t blocks) {
   asm volatile(
