@@ -38,7 +38,7 @@
 // first lines from the warps that wait costs 1 us (2026-11-29). Nor does it help to ask for the
 // first unit before the other barriers are there, as skinny does: 4-bit 21.0 and 20.9,
 // M=256 54.5 and 55.1. In a graph the kernel asks at 1.3 us (2.1 with 256 tokens), begins to
-// multiply at 2.7 (3.3), does so until 18.8 (47.6), and ends at 19.7 (50.3).
+// multiply at 2.7 (3.3), and with 64 tokens does so until 18.8 and ends at 19.7.
 #pragma once
 
 #include "kernels.h"
@@ -50,7 +50,10 @@
 namespace lowbit::cuda {
 
 struct MatmulArgs {
-  CUtensorMap x, sorted_x, codes, y;  // sorted_x: gathered, x unless that is in order
+  // x: two ways to copy it, x_rows of a tile's tokens at once (half of them where two blocks
+  // share them). Plain products: whole tiles, and the last one, if it is not whole. Gathered
+  // ones: as it is, and sorted.
+  CUtensorMap x[2], codes, y;
   const void *x_data, *sorted_x_data;
   const uint8_t *code_data, *scales, *biases;
   int64_t row_bytes;   // of codes
@@ -69,9 +72,9 @@ struct MatmulArgs {
   int share, split;       // share: 1 or 2
   int clusters;           // in the grid
   uint32_t cluster_part;  // 2^32 over share * split and a little more; 0: a block is a cluster
-  int x_bytes;            // of x that a block gets for 64 k
-  int units, part;        // of 128 k: of K, and of each part (even)
-  int out_tokens;         // that leave at once: kOutTokens, or 16 of a split tile
+  int x_rows[2];
+  int units, part;  // of 128 k: of K, and of each part (even)
+  int out_tokens;   // that leave at once: kOutTokens, or 16 of a split tile
   // Two clusters to a tile: where the second of them begin (else beyond the grid), sums of
   // each block, of first and second clusters, and for two that meet a word: what `meeting` says
   // once one has come, and one more if it met extreme scales.
@@ -109,10 +112,11 @@ struct MatmulShape {
 
   // Of each warpgroup that multiplies: kOutTokens tokens x 64 rows of y at a time. Warpgroups
   // of the same rows add up their sums there before; then each brings kOwnTokens to y, or the
-  // first of them all.
+  // first of them all. 32 of 256 tokens at a time take 4,200 cycles, 64 take 3,000.
   static constexpr int kOwnTokens = kTokens / kParities < 16 ? 16 : kTokens / kParities;
-  static constexpr int kOutTokens = kOwnTokens < 32 ? kOwnTokens : 32;
-  static constexpr int kRoomBytes = 32 * 128, kOutBytes = kRoomBytes * (3 - kParities);
+  static constexpr int kMostOut = kTokens == 256 ? 64 : 32;
+  static constexpr int kOutTokens = kOwnTokens < kMostOut ? kOwnTokens : kMostOut;
+  static constexpr int kOutBytes = kMostOut * 128 * (3 - kParities);
   static constexpr int kTableBytes = kAffine ? 0 : 1024;  // entries by scale byte
   static constexpr int kBarrierBytes = 256;
 
@@ -270,39 +274,46 @@ struct MatmulBlock {
     }
   }
 
+  // Which of the two ways. `sorted`: as Tile::copied said.
+  __device__ __forceinline__ int way_of_x(int token0, bool sorted) const {
+    return kGather ? sorted : token0 + kTokens > a.M;
+  }
+  // What arrives of x for 64 k.
+  __device__ __forceinline__ uint32_t x_bytes(int way) const {
+    return uint32_t(a.x_rows[way] * Shape::kXCopies * a.share * 128);
+  }
   // 64 k of a tile's tokens, or of those that this block copies to all that share them.
-  __device__ __forceinline__ void copy_x(const CUtensorMap& map, uint32_t to, int k, int token0,
+  __device__ __forceinline__ void copy_x(int way, uint32_t to, int k, int token0,
                                          uint32_t bar) const {
     constexpr int kOne = kTokens / Shape::kXCopies;
     if (a.share == 1) {
 #pragma unroll
       for (int i = 0; i < Shape::kXCopies; i++)
-        load_tile(to + i * kOne * 128, map, k, token0 + i * kOne, bar);
+        load_tile(to + i * kOne * 128, a.x[way], k, token0 + i * kOne, bar);
     } else {
-      const int tokens = kTokens / 2 * share_rank;
-      multicast_tile(to + tokens * 128, map, k, token0 + tokens, bar, uint16_t(3 << 2 * part));
+      const int tokens = a.x_rows[way] * share_rank;
+      multicast_tile(to + tokens * 128, a.x[way], k, token0 + tokens, bar,
+                     uint16_t(3 << 2 * part));
     }
-  }
-  __device__ __forceinline__ const CUtensorMap& x_map() const {
-    return Tile::copied(a.gather) ? a.sorted_x : a.x;
   }
 
   // A lane: codes, and x where it is not apart.
   __device__ void copy() const {
     UnitRing ring;
     const uint64_t policy = !kGather && a.token_tiles == 1 ? read_once() : read_again();
-    const CUtensorMap& map = x_map();
+    const bool sorted = Tile::copied(a.gather);
     each_tile([&](int row0, int place) {
       const Tile tile(a.gather, row0, place);
       const int row = tile.first_row(a.N) + row0, token0 = tile.token0;
+      const int way = way_of_x(token0, sorted);
       for (int u = first_unit; u < last_unit; u++, ring.advance()) {
         const uint32_t bar = full(ring.slot), to = stage(ring.slot);
         wait_phase(empty(ring.slot), ring.parity ^ 1);
-        arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * a.x_bytes));
+        arrive_expecting(bar, Shape::kCodeBytes + (Shape::kApart ? 0 : 2 * x_bytes(way)));
         load_tile(to + Shape::kCodesAt, a.codes, u * Shape::kRowBytes, row, bar, policy);
         if constexpr (!Shape::kApart) {
-          copy_x(map, to, u * 128, token0, bar);
-          copy_x(map, to + Shape::kXBytes, u * 128 + 64, token0, bar);
+          copy_x(way, to, u * 128, token0, bar);
+          copy_x(way, to + Shape::kXBytes, u * 128 + 64, token0, bar);
         }
       }
     });
@@ -310,13 +321,14 @@ struct MatmulBlock {
   // A lane: x apart.
   __device__ void copy_apart() const {
     XRing ring;
-    const CUtensorMap& map = x_map();
+    const bool sorted = Tile::copied(a.gather);
     each_tile([&](int row0, int place) {
       const int token0 = Tile(a.gather, row0, place).token0;
+      const int way = way_of_x(token0, sorted);
       for (int k = first_unit * 128; k < last_unit * 128; k += 64, ring.advance()) {
         wait_phase(x_empty(ring.slot), ring.parity ^ 1);
-        arrive_expecting(x_full(ring.slot), a.x_bytes);
-        copy_x(map, x_stage(ring.slot), k, token0, x_full(ring.slot));
+        arrive_expecting(x_full(ring.slot), x_bytes(way));
+        copy_x(way, x_stage(ring.slot), k, token0, x_full(ring.slot));
       }
     });
   }

@@ -1,5 +1,6 @@
 // The matmul kernels of one format: compiled once for each row of formats.def, with its name in
 // LOWBIT_FORMAT.
+#include <algorithm>
 #include <atomic>
 #include <random>
 
@@ -51,23 +52,28 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.panel = 2048 / kTokens;
   a.out_tokens = a.split > 1 ? 16 : Shape::kOutTokens;
 
-  // Fewer rows than a tile has are copied as they are. To have the copy engine fill up the rest
-  // is slow: 25.4 us for 32 rows in a tile of 64 where 64 took 22.8 (4-bit 4096x14336, H200,
-  // 2026-11-23). What the tile then holds beyond them reaches no y.
-  const int most = kTokens / (a.share == 1 ? Shape::kXCopies : a.share);
-  const int box = a.share == 1 && a.M < most ? a.M : most;
-  const auto x_map = [&](const void* from, int64_t count) {
-    return tensor_map(from, 2, count, a.x_columns, 2 * int64_t(a.x_columns), box, 64, 128);
+  // Rows that fill no tile are copied as they are, by a map of their own; where two blocks
+  // share them, in pieces of 8. To have the copy engine fill up the rest is slow: 4-bit
+  // 4096x4096 M = 70, 140, 320 19.4, 28.1, 47.9 us, so 14.0, 17.6, 30.1; 14336x4096 M = 300 125
+  // and 80 (H200, 2026-11-29). What the tile then holds beyond them reaches no y.
+  const int most = kTokens / (a.share == 1 ? Shape::kXCopies : a.share), rest = a.M % kTokens;
+  a.x_rows[0] = a.x_rows[1] = most;
+  if (kGather && a.share == 1)
+    a.x_rows[0] = a.x_rows[1] = std::min(a.M, most);
+  else if (!kGather && rest > 0)
+    a.x_rows[1] = a.share == 1 ? rest : up(rest, 8 * a.share) * 8;
+  const auto x_map = [&](const void* from, int64_t count, int way) {
+    return tensor_map(from, 2, count, a.x_columns, 2 * int64_t(a.x_columns), a.x_rows[way], 64,
+                      128);
   };
-  a.sorted_x = x_map(x, rows);
-  a.x = kGather && reads_in_place(p) ? x_map(p.x, p.x_matrices * p.M) : a.sorted_x;
-  a.x_bytes = box * Shape::kXCopies * a.share * 128;
+  a.x[1] = x_map(x, rows, 1);
+  a.x[0] = kGather && reads_in_place(p) ? x_map(p.x, p.x_matrices * p.M, 0) : x_map(x, rows, 0);
   a.codes = tensor_map(p.w.codes, 1, w_rows, p.w.row_bytes, p.w.row_bytes, Shape::kRows,
                        Shape::kRowBytes, Shape::kSwizzle);
   a.x_data = p.x, a.sorted_x_data = x, a.code_data = p.w.codes, a.row_bytes = p.w.row_bytes,
   a.y_data = p.y;
   a.y_tiles = !kGather && aligned(p.y, 2 * p.N, 16);
-  a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.x;
+  a.y = a.y_tiles ? tensor_map(p.y, 2, p.M, p.N, 2 * p.N, a.out_tokens, 64, 128) : a.codes;
   a.scales = static_cast<const uint8_t*>(p.w.scales);
   a.biases = static_cast<const uint8_t*>(p.w.biases);
   a.scale_row = int(p.K / F::kGroup) * Shape::kScaleSize;

@@ -52,21 +52,28 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
     return e;
   }
 
-  // d: sums of 16 tokens from `token` on, this lane's two rows of each. To y's type, and to
+  // d: sums of 16 tokens from `token` on, this lane's two rows of each. As elements of y to
   // `room`, or, not gathered, straight to y where tensor copies cannot write it.
   __device__ __forceinline__ void put(const Epilogue& e, float (&d)[8], int token,
                                       uint32_t room) const {
+    if (!kGather && !a.y_tiles) return put_straight(e, d, token);
+    put_in_room(e, d, room);
+  }
+  static __device__ __forceinline__ void finish(const Epilogue& e, float (&d)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; j++) d[j] = fmaf(e.alpha, d[j], e.bias[j / 2 % 2]);
-    if constexpr (!kGather)
-      if (!a.y_tiles) return put_straight(e, d, token);
+  }
+  __device__ __forceinline__ void put_in_room(const Epilogue& e, float (&d)[8],
+                                              uint32_t room) const {
+    finish(e, d);
     uint32_t v[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) v[j] = Half<T>::pack(d[2 * j], d[2 * j + 1]);
     store_transposed(room + out_at, v);
   }
-  __device__ __forceinline__ void put_straight(const Epilogue& e, const float (&d)[8],
+  __device__ __forceinline__ void put_straight(const Epilogue& e, float (&d)[8],
                                                int token) const {
+    finish(e, d);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const int t = token + j / 4 * 8 + 2 * (lane % 4) + j % 2, row = e.row + j / 2 % 2 * 8;
@@ -118,22 +125,29 @@ struct MatmulWriter : MatmulGroup<F, T, kTokens, kGather, kLanes> {
     const int token0 = tile.token0 + parity * kOwnTokens;
     const Rows rows(a.gather, tile, token0, warp * 32 + lane);
     const Epilogue e = epilogue(tile);
+    const auto each_16 = [&](int first, int count, auto body) {
 #pragma unroll
-    for (int first = 0; first < kOwnTokens; first += Shape::kOutTokens) {
-      const int token = token0 + first;
-      if (kGather && token >= tile.end(a.M)) break;
-      const uint32_t room = next_room();
-#pragma unroll
-      for (int i = 0; i < Shape::kOutTokens / 16; i++) {
+      for (int i = first; i < first + count; i += 16) {
         float d[8];
 #pragma unroll
-        for (int j = 0; j < 8; j++) d[j] = own[first / 2 + 8 * i + j];
-        put(e, d, token + 16 * i, room + i * 16 * 128);
+        for (int j = 0; j < 8; j++) d[j] = own[i / 2 + j];
+        body(d, i);
       }
+    };
+    if (!kGather && !a.y_tiles) {  // text of its own: the other is gone through without jumps
+      each_16(0, kOwnTokens, [&](float(&d)[8], int i) { put_straight(e, d, token0 + i); });
+      return;
+    }
+#pragma unroll
+    for (int first = 0; first < kOwnTokens; first += Shape::kOutTokens) {
+      if (kGather && token0 + first >= tile.end(a.M)) break;
+      const uint32_t room = next_room();
+      each_16(first, Shape::kOutTokens,
+              [&](float(&d)[8], int i) { put_in_room(e, d, room + (i - first) * 128); });
       if constexpr (kGather)
         scatter(rows, room, tile.row0, first);
       else
-        send(room, tile.row0, token);
+        send(room, tile.row0, token0 + first);
     }
   }
 
@@ -279,7 +293,8 @@ __global__ void __launch_bounds__(MatmulShape<F, T, kTokens>::kThreads, 1)
     const int lane = lane_id();
     if (warp == kCopy) {
       if (lane == 0) {
-        prefetch_map(a.codes), prefetch_map(block.x_map());
+        prefetch_map(a.codes);
+        prefetch_map(a.x[block.way_of_x(0, Writer::Tile::copied(a.gather))]);
         block.init();
       }
       __syncwarp();

@@ -40,10 +40,15 @@ constexpr int64_t clusters_at_once(int processors, int blocks) {
 
 // The tiling that a model of the time prefers: rounds of tiles, each so long as its units of
 // 128 k, and what begins and ends a tile. Microseconds, from 4-bit g64, bf16, H200, 2026-11-22
-// (tokens, split: 4096x14336 M=64: 64, 1: 22.5; M=256: 256, 1: 49; 14336x4096 M=256: 128, 2:
-// 49.2; 4096x4096 M=64: 64, 3: 12.9; M=128: 64, 2: 15.8; M=256: 128, 2: 19; 2026-11-23:
+// (tokens, split: 4096x14336 M=64: 64, 1: 22.5; 4096x4096 M=64: 64, 3: 12.9; 2026-11-23:
 // 4096x14336 M=16: 16, 1: 18.4; M=32: 32, 1: 19.4; 4096x4096 M=16: 16, 3: 10.7; M=32: 32, 3:
-// 11.1).
+// 11.1). From 128 tokens on the GPU's power is what limits (FLOORS.md). Tiles of at most 128
+// and of 256 tokens, 2026-11-29:
+//
+//   K x N         M = 140     192     256     320     384     500     640     768     1000
+//   4096x14336    53 47   54 50   55 51   82 94   81 94  122 99 154 146 187 146  215 212
+//   14336x4096    47 56   51 57   53 60           90 88  103 98 146 150
+//   4096x4096     18 19   18 20   18 21   26 30   27 30   30 32           53 46
 //
 // A last round may leave multiprocessors idle: 20 of 132 beside the 112 tiles of N = 14336.
 // That they take units of the others' tiles and hand over their sums through memory, in a fixed
@@ -65,8 +70,8 @@ struct MatmulTiling {
 inline constexpr MatmulTiling kMatmulTilings[] = {{16, 0.44f, 3.3f, 1.07f},
                                                   {32, 0.48f, 3.3f, 1.07f},
                                                   {64, 0.52f, 4.9f, 1.07f},
-                                                  {128, 0.75f, 5.2f, 1.0f},
-                                                  {256, 1.25f, 8.0f, 0.98f}};
+                                                  {128, 0.80f, 4.0f, 1.0f},
+                                                  {256, 1.45f, 5.6f, 0.98f}};
 
 // Whether matmul is faster than matvec where both can: beyond 8 rows of x, but for e2m1, whose
 // codes matvec decodes in fewer instructions, and beyond 4 of large matrices of 8 bits, unless
@@ -108,12 +113,13 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
         const int64_t rounds =
             up(tiles * halves, clusters_at_once(device.processors, share * split / halves));
         if (halves == 2 && (rounds > 1 || t.tokens > 128)) continue;
-        // Sharing x spares the L2 cache, and ties two blocks together. Each copies half of a
-        // tile's tokens, filled up: M=140 54.9 us where 51.8 without, M=200 52.0 and 53.8.
-        const float shared = 4 * p.M > 3 * t.tokens ? t.shared : 1.07f;
-        const float unit = t.unit * (share == 2 ? shared : 1.0f);
+        // Sharing x spares the L2 cache, and ties two blocks together.
+        const float unit = t.unit * (share == 2 ? t.shared : 1.0f);
+        // A block of a split tile ends with it.
+        const float end = t.tile + (split > 1 ? 1.0f : 0.0f);
         const float time = float(rounds) * (float(split > 1 ? part : units) * unit + 1.0f) +
-                           t.tile + (split > 1 ? 1.0f : 0.0f) + (share == 2 ? 0.1f : 0.0f) +
+                           (split > 1 ? float(rounds) : 1.0f) * end +
+                           (share == 2 ? 0.1f : 0.0f) +
                            (halves == 2 ? 2.5f + 0.008f * float(t.tokens) : 0.0f);
         if (least != 0.0f && time >= least) continue;
         least = time;

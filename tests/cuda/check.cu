@@ -76,6 +76,23 @@ cuda::Plan plain_plan(const Problem&, const cuda::Device&) {
   return {cuda::Plan::Kernel::simt, 0, 0, 0, 0};
 }
 
+// Every tiling of matmul takes its turn: for shapes that are quick to check its plan prefers
+// few tokens. `run` has plans as they are.
+cuda::Plan any_matmul_plan(const Problem& p, const cuda::Device& device) {
+  const int64_t turn = p.M + p.N + p.K / 32 + 7 * int64_t(p.format), units = (p.K + 127) / 128;
+  const auto& t = cuda::kMatmulTilings[turn % std::size(cuda::kMatmulTilings)];
+  cuda::Plan plan{cuda::Plan::Kernel::matmul, t.tokens, turn % 2 ? 256 : 128, 8, 1};
+  const int64_t tiles = (p.M + plan.tokens - 1) / plan.tokens * ((p.N + 127) / 128);
+  const bool two_clusters = t.tokens <= 128 && tiles * 4 <= device.processors / 2;
+  for (int split = two_clusters ? 4 : cuda::kMostClusterSplit; split > 1; split--)
+    if (turn / 2 % 4 >= split - 1 &&
+        ((units + split - 1) / split + 1) / 2 * 2 * (split - 1) < units) {
+      plan.split_k = split;
+      break;
+    }
+  return plan;
+}
+
 const ProductKernel kKernels[] = {
     {"simt", cuda::simt, plain_plan, true, 1,
      [](const Case&, const cuda::Device&) { return true; }},
@@ -88,7 +105,7 @@ const ProductKernel kKernels[] = {
        return takes_pairs(c) && !c.pairs && !c.offset &&
               cuda::skinny_supports(problem_of(c), device);
      }},
-    {"matmul", cuda::matmul, cuda::matmul_plan, false, 16,
+    {"matmul", cuda::matmul, any_matmul_plan, false, 16,
      [](const Case& c, const cuda::Device& device) {
        return takes_pairs(c) && !c.pairs && cuda::matmul_supports(problem_of(c), device);
      }},

@@ -115,10 +115,20 @@ def test_tiles_are_as_wide_as_x(fmt, M, N, tokens):
     assert (kernel, got) == (SKINNY if skinny else MATMUL, tokens), words
 
 
-@pytest.mark.parametrize("M, rows", [(64, 128), (140, 128), (200, 256), (256, 256), (2048, 256)])
+@pytest.mark.parametrize("M, rows", [(64, 128), (140, 256), (200, 256), (256, 256), (2048, 256)])
 def test_blocks_share_the_tokens_of_large_tiles(fmt, M, rows):
     words, kernel, tokens, got, *_ = plan(fmt, M, 14336, 4096)
     assert (kernel, tokens, got) == (MATMUL, 64 if M == 64 else 256, rows), words
+
+
+@pytest.mark.parametrize(
+    "M, N, K, tokens", [(80, 4096, 4096, 64), (384, 4096, 4096, 128), (768, 4096, 4096, 256),
+                        (140, 14336, 4096, 256), (320, 14336, 4096, 128), (500, 14336, 4096, 256),
+                        (140, 4096, 14336, 128), (1000, 4096, 14336, 256)]
+)  # fmt: skip
+def test_tiles_leave_few_tokens_and_multiprocessors_idle(fmt, M, N, K, tokens):
+    words, kernel, got, *_ = plan(fmt, M, N, K)
+    assert (kernel, got) == (MATMUL, tokens), words
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""What products of many rows cost an NVIDIA GPU: time, clock, power, energy.
+
+    python -m benchmarks.cuda.power --library BUILD/kernels/cuda/liblowbit_cuda_library.so
+
+Each product runs for some seconds, ours and cuBLAS's (torch, bfloat16) of a random matrix, with
+random and with zero activations. Clock and power are medians of what nvidia-smi says every 100 ms;
+energy is that power times the time of a call. At its power limit a GPU lowers its clock, and a
+product takes as long as its energy does: then fewer joules are what makes it faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.files import write_json
+
+from .__main__ import Library
+from .timing import DEVICE
+from .weights import formats, random_weights
+
+QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
+CALLS = 40  # of a graph
+
+
+class Meter:
+    """Collects (MHz, watts) while it is open."""
+
+    def __enter__(self) -> Meter:
+        command = [*QUERY, "-lms", "100", "-i", str(torch.cuda.current_device())]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.samples: list[tuple[float, float]] = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+        return self
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            clock, power = line.split(",")
+            self.samples.append((float(clock), float(power)))
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.reader.join()
+
+
+def measure(call: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Microseconds a call, and what the second half of the samples says."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(CALLS):
+                call()
+        with Meter() as meter:
+            begin, count = time.perf_counter(), 0
+            while (passed := time.perf_counter() - begin) < seconds:
+                graph.replay()
+                stream.synchronize()
+                count += CALLS
+    late = meter.samples[len(meter.samples) // 2 :]
+    if not late:
+        raise SystemExit("nvidia-smi said nothing: is it there, and --seconds at least 1?")
+    us = passed / count * 1e6
+    clock, power = (statistics.median(values) for values in zip(*late, strict=True))
+    return {"us": us, "MHz": clock, "W": power, "mJ": us * power / 1e3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["affine3_g64", "affine4_g64", "affine8_g64", "mxfp8", "nvfp4"],
+    )
+    parser.add_argument("--shape", default="4096x14336", help="KxN")
+    parser.add_argument("--m", nargs="+", type=int, default=[256, 2048])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each product")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    K, N = (int(n) for n in options.shape.split("x"))
+    run, known, rows = Library(options.library), formats(), []
+    for M in options.m:
+        y = torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16)
+        for name in ("random", "zero"):
+            x = torch.randn(M, K, device=DEVICE).bfloat16() * (name == "random")
+            dense = torch.randn(N, K, device=DEVICE).bfloat16()
+            calls = {"torch bf16": lambda x=x, w=dense, y=y: torch.mm(x, w.T, out=y)}
+            for f in options.formats:
+                w = random_weights(known[f], N, K=K)
+                calls[f] = lambda f=f, x=x, w=w, y=y: run(known[f], x, w, y)
+            for who, call in calls.items():
+                row = {"who": who, "K": K, "N": N, "M": M, "x": name}
+                row |= measure(call, options.seconds)
+                rows.append(row)
+                print(
+                    f"{who:14} M {M:4}  {name:6} x {row['us']:7.1f} us  {row['MHz']:5.0f} MHz  "
+                    f"{row['W']:4.0f} W  {row['mJ']:6.1f} mJ",
+                    flush=True,
+                )
+    if options.json:
+        about = {
+            "device": torch.cuda.get_device_name(0),
+            "date": datetime.date.today().isoformat(),
+            "versions": {"torch": torch.__version__},
+            "method": __doc__,
+        }
+        write_json(options.json, {"about": about, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
