@@ -2,9 +2,9 @@
 
     python -m benchmarks.cuda.power --library BUILD/kernels/cuda/liblowbit_cuda_library.so
 
-Each product runs for some seconds, ours and cuBLAS's (torch, bfloat16) of a random matrix, with
-random and with zero activations. Clock and power are medians of what nvidia-smi says every 100 ms;
-energy is that power times the time of a call. At its power limit a GPU lowers its clock, and a
+Each product runs for some seconds, ours and cuBLAS's (torch, bfloat16) of random matrices, four
+times the L2 cache in all, with random and with zero activations. Clock and power are medians of
+what nvidia-smi says every 100 ms; energy is that power times the time of a call. At its power limit a GPU lowers its clock, and a
 product takes as long as its energy does: then fewer joules are what makes it faster.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import torch
 from benchmarks.files import write_json
 
 from .__main__ import Library
-from .timing import DEVICE
+from .timing import DEVICE, copies
 from .weights import formats, random_weights
 
 QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
@@ -53,22 +54,24 @@ class Meter:
         self.reader.join()
 
 
-def measure(call: Callable[[], object], seconds: float) -> dict[str, float]:
+def measure(calls: list[Callable[[], object]], seconds: float) -> dict[str, float]:
     """Microseconds a call, and what the second half of the samples says."""
+    repeats = max(1, CALLS // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        call()
+        calls[0]()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(CALLS):
-                call()
+            for _ in range(repeats):
+                for call in calls:
+                    call()
         with Meter() as meter:
             begin, count = time.perf_counter(), 0
             while (passed := time.perf_counter() - begin) < seconds:
                 graph.replay()
                 stream.synchronize()
-                count += CALLS
+                count += repeats * len(calls)
     late = meter.samples[len(meter.samples) // 2 :]
     if not late:
         raise SystemExit("nvidia-smi said nothing: is it there, and --seconds at least 1?")
@@ -92,21 +95,26 @@ def main() -> None:
     options = parser.parse_args()
     K, N = (int(n) for n in options.shape.split("x"))
     run, known, rows = Library(options.library), formats(), []
+    products: dict[str, Callable[[torch.Tensor, torch.Tensor], list[Callable[[], object]]]] = {}
+    dense = [torch.randn(N, K, device=DEVICE).bfloat16() for _ in range(copies(2 * N * K))]
+    products["torch bf16"] = lambda x, y: [partial(torch.mm, x, w.T, out=y) for w in dense]
+    for name in options.formats:
+        f = known[name]
+        weights = [random_weights(f, N, K=K)]
+        weights += [random_weights(f, N, K=K) for _ in range(copies(weights[0].nbytes()) - 1)]
+        products[name] = lambda x, y, f=f, weights=weights: [
+            partial(run, f, x, w, y) for w in weights
+        ]
     for M in options.m:
         y = torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16)
-        for name in ("random", "zero"):
-            x = torch.randn(M, K, device=DEVICE).bfloat16() * (name == "random")
-            dense = torch.randn(N, K, device=DEVICE).bfloat16()
-            calls = {"torch bf16": lambda x=x, w=dense, y=y: torch.mm(x, w.T, out=y)}
-            for f in options.formats:
-                w = random_weights(known[f], N, K=K)
-                calls[f] = lambda f=f, x=x, w=w, y=y: run(known[f], x, w, y)
-            for who, call in calls.items():
-                row = {"who": who, "K": K, "N": N, "M": M, "x": name}
-                row |= measure(call, options.seconds)
+        for kind in ("random", "zero"):
+            x = torch.randn(M, K, device=DEVICE).bfloat16() * (kind == "random")
+            for who, calls in products.items():
+                row = {"who": who, "K": K, "N": N, "M": M, "x": kind}
+                row |= measure(calls(x, y), options.seconds)
                 rows.append(row)
                 print(
-                    f"{who:14} M {M:4}  {name:6} x {row['us']:7.1f} us  {row['MHz']:5.0f} MHz  "
+                    f"{who:14} M {M:4}  {kind:6} x {row['us']:7.1f} us  {row['MHz']:5.0f} MHz  "
                     f"{row['W']:4.0f} W  {row['mJ']:6.1f} mJ",
                     flush=True,
                 )
