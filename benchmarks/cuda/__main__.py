@@ -11,18 +11,14 @@ adds torch's int4pack, humming-kernels and MLX's own products where they are ins
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import datetime
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.files import write_json
-
-from . import peers
+from . import command, peers
 from .timing import DEVICE, Rows, copies, replay
 from .weights import BOUND, Format, Weights, decode, formats, random_weights
 
@@ -80,18 +76,11 @@ def measure_ours(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument(
-        "--formats",
-        nargs="+",
-        default=["affine4_g64", "affine3_g64", "affine8_g64", "mxfp8", "nvfp4"],
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["4096x14336", "14336x4096", "4096x4096"])
     parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048])
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=["int4pack"])
     parser.add_argument("--quantize-x", action="store_true", help="qqmm: mxfp8 and nvfp4 only")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     known = formats()
     if unknown := [name for name in options.formats if name not in known]:
@@ -119,15 +108,7 @@ def main() -> None:
             ours = measure_ours(run, known[name], K, N, options.m, options.quantize_x)
             for M, (median, spread, error) in ours.items():
                 add(name, K, N, M, median, spread, dense[M][0], error=error)
-    if options.json:
-        about = {
-            "device": torch.cuda.get_device_name(0),
-            "date": datetime.date.today().isoformat(),
-            "versions": peers.versions(),
-            "cuda": torch.version.cuda,
-            "method": __doc__,
-        }
-        write_json(options.json, {"about": about, "rows": rows})
+    command.write(options.json, rows, __doc__)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ compared with float64 products of decoded bits first.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import datetime
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.files import write_json
-
-from . import peers
+from . import command
 from .timing import DEVICE, copies, replay
 from .weights import BOUND, Format, Weights, decode, formats, random_weights
 
@@ -95,19 +91,12 @@ def time_bmm(pairs: int, E: int, K: int, N: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument(
-        "--formats",
-        nargs="+",
-        default=["affine3_g64", "affine4_g64", "affine8_g64", "mxfp8", "nvfp4"],
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["4096x1408x128"], help="KxNxexperts")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 512, 4096])
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--unsorted", action="store_true")
     parser.add_argument("--quantize-x", action="store_true", help="mxfp8 and nvfp4 only")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     known = formats()
     if unknown := [name for name in options.formats if name not in known]:
@@ -148,14 +137,7 @@ def main() -> None:
                         + (f", {bmm[tokens] / median:4.2f} times bmm" if tokens in bmm else ""),
                         flush=True,
                     )
-    if options.json:
-        about = {
-            "device": torch.cuda.get_device_name(0),
-            "date": datetime.date.today().isoformat(),
-            "versions": peers.versions(),
-            "method": __doc__,
-        }
-        write_json(options.json, {"about": about, "rows": rows})
+    command.write(options.json, rows, __doc__)
 
 
 if __name__ == "__main__":

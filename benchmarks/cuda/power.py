@@ -10,20 +10,16 @@ product takes as long as its energy does: then fewer joules are what makes it fa
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import statistics
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.files import write_json
-
+from . import command
 from .__main__ import Library
 from .timing import DEVICE, copies
 from .weights import formats, random_weights
@@ -81,17 +77,10 @@ def measure(calls: list[Callable[[], object]], seconds: float) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument(
-        "--formats",
-        nargs="+",
-        default=["affine3_g64", "affine4_g64", "affine8_g64", "mxfp8", "nvfp4"],
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--shape", default="4096x14336", help="KxN")
     parser.add_argument("--m", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--seconds", type=float, default=2.0, help="of each product")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     K, N = (int(n) for n in options.shape.split("x"))
     run, known, rows = Library(options.library), formats(), []
@@ -118,14 +107,7 @@ def main() -> None:
                     f"{row['W']:4.0f} W  {row['mJ']:6.1f} mJ",
                     flush=True,
                 )
-    if options.json:
-        about = {
-            "device": torch.cuda.get_device_name(0),
-            "date": datetime.date.today().isoformat(),
-            "versions": {"torch": torch.__version__},
-            "method": __doc__,
-        }
-        write_json(options.json, {"about": about, "rows": rows})
+    command.write(options.json, rows, __doc__)
 
 
 if __name__ == "__main__":

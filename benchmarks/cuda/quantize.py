@@ -9,17 +9,13 @@ write together, and torch's `copy_` takes as long as anything does.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import datetime
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.files import write_json
-
-from . import peers
+from . import command
 from .timing import DEVICE, copies, replay
 from .weights import Format, Weights, formats, random_weights
 
@@ -51,15 +47,8 @@ def time_copy(nbytes: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument(
-        "--formats",
-        nargs="+",
-        default=["affine3_g64", "affine4_g64", "affine8_g64", "mxfp8", "nvfp4"],
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["4096x14336"], help="KxN")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     known = formats()
     if unknown := [name for name in options.formats if name not in known]:
@@ -88,14 +77,7 @@ def main() -> None:
                     f"{nbytes / median / 1e6:5.2f} TB/s, {copy / median:4.0%} of a copy's speed",
                     flush=True,
                 )
-    if options.json:
-        about = {
-            "device": torch.cuda.get_device_name(0),
-            "date": datetime.date.today().isoformat(),
-            "versions": peers.versions(),
-            "method": __doc__,
-        }
-        write_json(options.json, {"about": about, "rows": rows})
+    command.write(options.json, rows, __doc__)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,10 @@ struct MatmulOperand {
   // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32. 32
   // and 64, M = 128, mxfp8 36.7 and 35.9 us, nvfp4 32.6 and 31.6; M = 2048, nvfp4 348 and 450,
   // for want of registers (4096x14336, H200, 2026-11-29).
-  static constexpr bool kMany = F::kBits == 8 || F::kGroup == 16;
-  static constexpr int kPieces =  // of a unit
-      kTokens == 128                                   ? 2
-      : kMany || (kTokens != 256 && F::kBits % 2 == 0) ? 4
-                                                       : 2;
-  static constexpr int kChunks = 16 / kPieces;  // of 8 k
+  static constexpr bool kShort = F::kBits == 8 || F::kGroup == 16 ||  // of registers
+                                 (kTokens != 256 && F::kBits % 2 == 0);
+  static constexpr int kPieces = kTokens == 128 || !kShort ? 2 : 4;  // of a unit
+  static constexpr int kChunks = 16 / kPieces;                       // of 8 k
   // Codes of a row: words, or this lane's pairs.
   static constexpr bool kOwn = Decode::kOwnPairs;
   static constexpr int kWords = kOwn ? kChunks : kChunks * F::kBits / 4;
