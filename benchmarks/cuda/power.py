@@ -4,8 +4,9 @@
 
 Each product runs for some seconds, ours and cuBLAS's (torch, bfloat16) of random matrices, four
 times the L2 cache in all, with random and with zero activations. Clock and power are medians of
-what nvidia-smi says every 100 ms; energy is that power times the time of a call. At its power limit a GPU lowers its clock, and a
-product takes as long as its energy does: then fewer joules are what makes it faster.
+what nvidia-smi says every 100 ms; energy is that power times the time of a call. At its power
+limit a GPU lowers its clock, and a product takes as long as its energy does: then fewer joules are
+what makes it faster.
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ import torch
 
 from . import command
 from .__main__ import Library
-from .timing import DEVICE, copies
+from .timing import DEVICE, capture, copies
 from .weights import formats, random_weights
 
 QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
-CALLS = 40  # of a graph
 
 
 class Meter:
     """Collects (MHz, watts) while it is open."""
 
     def __enter__(self) -> Meter:
-        command = [*QUERY, "-lms", "100", "-i", str(torch.cuda.current_device())]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        query = [*QUERY, "-lms", "100", "-i", str(torch.cuda.current_device())]
+        self.process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
         self.samples: list[tuple[float, float]] = []
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
@@ -52,22 +52,15 @@ class Meter:
 
 def measure(calls: list[Callable[[], object]], seconds: float) -> dict[str, float]:
     """Microseconds a call, and what the second half of the samples says."""
-    repeats = max(1, CALLS // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        calls[0]()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeats):
-                for call in calls:
-                    call()
+        graph, in_graph = capture(calls, stream)
         with Meter() as meter:
             begin, count = time.perf_counter(), 0
             while (passed := time.perf_counter() - begin) < seconds:
                 graph.replay()
                 stream.synchronize()
-                count += repeats * len(calls)
+                count += in_graph
     late = meter.samples[len(meter.samples) // 2 :]
     if not late:
         raise SystemExit("nvidia-smi said nothing: is it there, and --seconds at least 1?")

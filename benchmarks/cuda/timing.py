@@ -14,19 +14,27 @@ Rows = dict[int, tuple[float, float]]
 """By M: (median in microseconds, half the spread over the median)."""
 
 
+def capture(
+    calls: list[Callable[[], object]], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of some forty calls on ``stream``, which is torch's current one, and how many."""
+    repeats = max(1, 40 // len(calls))
+    for call in calls:
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    return graph, repeats * len(calls)
+
+
 def replay(calls: list[Callable[[], object]]) -> tuple[float, float]:
     """(median, half the spread over the median) of one call, in microseconds."""
-    repeats = max(1, 40 // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeats):
-                for call in calls:
-                    call()
+        graph, count = capture(calls, stream)
         # A clock that came down while results were checked is not that of a device at work.
         begin = time.perf_counter()
         while time.perf_counter() - begin < 0.05:
@@ -39,7 +47,7 @@ def replay(calls: list[Callable[[], object]]) -> tuple[float, float]:
             graph.replay()
             end.record(stream)
             end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
+            times.append(start.elapsed_time(end) * 1e3 / count)
     median = statistics.median(times)
     return median, (max(times) - min(times)) / 2 / median
 

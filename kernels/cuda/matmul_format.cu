@@ -45,7 +45,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
   a.units = up(p.K, 128);
   const int halves = clusters_of_tile(plan.split_k);
   a.split = plan.split_k / halves;
-  a.part = up(up(a.units, plan.split_k), 2) * 2;
+  a.part = int(units_of_part(a.units, plan.split_k));
   a.token_tiles = int(token_tiles);
   a.row_groups = up(p.N, plan.rows);
   // 2048 tokens: 16 MB of x at K = 4096.

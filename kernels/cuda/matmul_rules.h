@@ -98,6 +98,15 @@ inline bool matmul_preferred(const Problem& p) {
 // What the second to come pays for is in the model: 2.5 us, and 0.008 a token.
 inline constexpr int kMostClusterSplit = 3;
 constexpr int clusters_of_tile(int split) { return split > kMostClusterSplit ? 2 : 1; }
+// Of so many units of 128 k, what each part has but maybe the last: even, since two warpgroups
+// take them in turn.
+constexpr int64_t units_of_part(int64_t units, int split) {
+  return ((units + split - 1) / split + 1) / 2 * 2;
+}
+// Whether the last part has any.
+constexpr bool splits(int64_t units, int split) {
+  return units_of_part(units, split) * (split - 1) < units;
+}
 
 inline Plan matmul_plan(const Problem& p, const Device& device) {
   const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
@@ -107,8 +116,8 @@ inline Plan matmul_plan(const Problem& p, const Device& device) {
     for (int share : {1, 2})
       for (int split : {1, 2, 3, 4}) {
         const int halves = clusters_of_tile(split);
-        const int64_t units = up(p.K, 128), part = up(up(units, split), 2) * 2;
-        if (split > 1 && part * (split - 1) >= units) continue;
+        const int64_t units = up(p.K, 128), part = units_of_part(units, split);
+        if (!splits(units, split)) continue;
         const int64_t tiles = up(p.N, 128 * share) * up(p.M, t.tokens);
         const int64_t rounds =
             up(tiles * halves, clusters_at_once(device.processors, share * split / halves));

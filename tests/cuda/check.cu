@@ -85,8 +85,7 @@ cuda::Plan any_matmul_plan(const Problem& p, const cuda::Device& device) {
   const int64_t tiles = (p.M + plan.tokens - 1) / plan.tokens * ((p.N + 127) / 128);
   const bool two_clusters = t.tokens <= 128 && tiles * 4 <= device.processors / 2;
   for (int split = two_clusters ? 4 : cuda::kMostClusterSplit; split > 1; split--)
-    if (turn / 2 % 4 >= split - 1 &&
-        ((units + split - 1) / split + 1) / 2 * 2 * (split - 1) < units) {
+    if (turn / 2 % 4 >= split - 1 && cuda::splits(units, split)) {
       plan.split_k = split;
       break;
     }
