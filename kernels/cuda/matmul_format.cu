@@ -102,8 +102,7 @@ void launch(const Product& p, const Plan& plan, Queue& queue) {
 
 template <class F, class T, int kTokens, bool kGather>
 void launch(const Product& p, const Plan& plan, Queue& queue) {
-  if constexpr (!kGather && matmul_lane_order(Format::LOWBIT_FORMAT, kTokens) &&
-                std::is_same_v<T, bf16>)
+  if constexpr (!kGather && matmul_lane_order(Format::LOWBIT_FORMAT) && std::is_same_v<T, bf16>)
     if (p.lane_order) return launch<F, T, kTokens, kGather, true>(p, plan, queue);
   launch<F, T, kTokens, kGather, false>(p, plan, queue);
 }

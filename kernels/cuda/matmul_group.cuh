@@ -53,8 +53,9 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
   // multiplies, the less often the tensor cores run dry between two of them. Cycles a unit of
   // 256 tokens, 4 bits, with 1, 2 and 4: 2,334, 2,146 and 2,082, where multiplies alone take
   // 2,048; 4096x14336, M = 2048 379, 373 and 362 us (H200, 2026-11-29). With 288 tokens
-  // registers are too few for that, with 64 and less four are no gain.
-  static constexpr int kBatch = kTokens > 256 ? 1 : kTokens >= 128 && kSteps >= 4 ? 4 : 2;
+  // registers are too few for four, with 64 and less four are no gain.
+  static constexpr int kBatch = kTokens == 128 || kTokens == 256 ? 4 : 2;
+  static_assert(kSteps % kBatch == 0);
 
   int half, parity, warp, lane;  // 64 rows of 128; units of K; of this warpgroup
   Operand codes;
@@ -122,7 +123,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
         auto& before = operands[step / kBatch % 2 ^ 1];
         if (s == 0) {
           codes.begin_piece();
-          load_next(p, stage, more);
+          if constexpr (Operand::kAhead) load_next(p, stage, more);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; i++) codes.decode_step(p, s + i, operand[i]);
@@ -140,6 +141,8 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
                           b + uint64_t(half_at) + (step + i) % 4 * kDescriptorStep);
         }
         wgmma_commit();
+        if constexpr (!Operand::kAhead)
+          if (s + kBatch == kSteps) load_next(p, stage, more);
         wgmma_wait<1>();  // those before: their operands and the x they read are free
 #pragma unroll
         for (int i = 0; i < kBatch; i++) keep_alive(before[i]);
@@ -174,7 +177,7 @@ struct MatmulGroup : MatmulBlock<F, T, kTokens, kGather> {
     }
   }
 
-  // Before piece p is decoded: the piece after it, maybe of the next unit.
+  // The piece after piece p, maybe of the next unit.
   __device__ __forceinline__ void load_next(int p, uint32_t stage, bool more) {
     if (p + 1 == kPieces) {
       if (!more) return;

@@ -1,7 +1,9 @@
 // How a warpgroup of matmul gets wgmma's A operand: codes and scales from a stage in shared
 // memory to registers, a piece at a time, and from there to weights.
 //
-//   load<p>(stage)      piece p of a unit of 128 k, while pieces before it are decoded
+//   load<p>(stage)      piece p of a unit of 128 k: kAhead, while the piece before it is
+//   decoded,
+//                       else once that has been
 //   begin_piece()       what was loaded last is decoded from here on
 //   decode_step(p, s)   16 k of it
 #pragma once
@@ -13,6 +15,13 @@ namespace lowbit::cuda {
 
 #if LOWBIT_HOPPER
 
+// Whether a piece is loaded while the one before it is decoded. With many tokens registers are
+// for sums and for what several steps at once decode to, and multiplies take long enough to
+// load behind. Loaded ahead and after, 4096x14336, M = 256: 3-bit 53.7 and 50.0 us, 4-bit 50.9
+// and 49.1, 8-bit 53.8 and 51.8, mxfp8 57.1 and 54.2, nvfp4 51.5 and 48.8; M = 2048, where
+// power is what limits, as long (H200, 2026-11-30).
+constexpr bool loads_ahead(int tokens) { return tokens < 128; }
+
 // Codes that meet x as it is stored: all lanes of a quad read the same words of a row, or each
 // its own pairs.
 template <class F, class T, int kTokens>
@@ -20,13 +29,12 @@ struct MatmulOperand {
   using Shape = MatmulShape<F, T, kTokens>;
   using Decode = WeightPairs<F, T>;
 
-  // What a lane loads at once: its two rows, 64 k or, where that takes many registers, 32. 32
-  // and 64, M = 128, mxfp8 36.7 and 35.9 us, nvfp4 32.6 and 31.6; M = 2048, nvfp4 348 and 450,
-  // for want of registers (4096x14336, H200, 2026-11-29).
-  static constexpr bool kShort = F::kBits == 8 || F::kGroup == 16 ||  // of registers
-                                 (kTokens != 256 && F::kBits % 2 == 0);
-  static constexpr int kPieces = kTokens == 128 || !kShort ? 2 : 4;  // of a unit
-  static constexpr int kChunks = 16 / kPieces;                       // of 8 k
+  static constexpr bool kAhead = loads_ahead(kTokens);
+  // What a lane loads at once: its two rows, 64 k or, where registers are few and words are
+  // whole, 32.
+  static constexpr bool kFewRegisters = kAhead || kTokens > 256;
+  static constexpr int kPieces = kFewRegisters && F::kBits % 2 == 0 ? 4 : 2;  // of a unit
+  static constexpr int kChunks = 16 / kPieces;                                // of 8 k
   // Codes of a row: words, or this lane's pairs.
   static constexpr bool kOwn = Decode::kOwnPairs;
   static constexpr int kWords = kOwn ? kChunks : kChunks * F::kBits / 4;
@@ -51,8 +59,10 @@ struct MatmulOperand {
   // Where chunks i, i + kTurns, ... of this lane's first row begin in a stage; the second row
   // is 8 rows on.
   uint32_t code_at[kTurns], entry_at[kEntryTurns];
-  Piece pieces[2];
-  Groups groups[2];
+  Piece pieces[kAhead ? 2 : 1];
+  Groups groups[kAhead ? 2 : 1];
+
+  static constexpr __device__ int place(int p) { return kAhead ? p % 2 : 0; }
 
   // row: of the block's, the lane's first; c: of the quad.
   __device__ MatmulOperand(int row, int c) : decode(c) {
@@ -68,7 +78,7 @@ struct MatmulOperand {
 
   template <int p>
   __device__ __forceinline__ void load(uint32_t stage) {
-    Piece& piece = pieces[p % 2];
+    Piece& piece = pieces[place(p)];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const uint32_t row = stage + r * 8 * Shape::kRowBytes;
@@ -101,7 +111,7 @@ struct MatmulOperand {
           &v[i / 4]);
 #pragma unroll
     for (int i = 0; i < kPieceGroups; i++) {
-      GroupPair& g = groups[p / kShared % 2].of[r][i];
+      GroupPair& g = groups[place(p / kShared)].of[r][i];
       g = {v[kWide * i], v[kWide * i + kWide - 1]};
       if constexpr (Decode::kBias && !Shape::kAffine) g.bias = Decode::bias_of(g.scale);
     }
@@ -112,8 +122,8 @@ struct MatmulOperand {
     const auto group = [](int j) { return j * kPieceGroups / kChunks; };
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const auto& w = pieces[p % 2].words[r];
-      const auto& g = groups[p / kShared % 2].of[r];
+      const auto& w = pieces[place(p)].words[r];
+      const auto& g = groups[place(p / kShared)].of[r];
       const int j = 2 * s;
       if constexpr (kOwn) {
         operand[r] = decode.own_pair(w[j], 0, g[group(j)]);
@@ -150,6 +160,8 @@ struct MatmulLaneOperand {
     uint32_t scales[2][kGroups];
   };
 
+  static constexpr bool kAhead = loads_ahead(kTokens);
+
   uint32_t code_at, entry_at;  // in a stage, of the first row; the second is 8 rows on
   Piece now, next;
 
@@ -165,11 +177,14 @@ struct MatmulLaneOperand {
   __device__ __forceinline__ void load(uint32_t stage) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      load_shared<16>((stage + code_at + r * 8 * Shape::kRowBytes) ^ (p * 16), next.words[r]);
-      load_shared<4 * kGroups>(stage + entry_at + r * 8 * Shape::kEntryRow, next.scales[r]);
+      Piece& piece = kAhead ? next : now;
+      load_shared<16>((stage + code_at + r * 8 * Shape::kRowBytes) ^ (p * 16), piece.words[r]);
+      load_shared<4 * kGroups>(stage + entry_at + r * 8 * Shape::kEntryRow, piece.scales[r]);
     }
   }
-  __device__ __forceinline__ void begin_piece() { now = next; }
+  __device__ __forceinline__ void begin_piece() {
+    if constexpr (kAhead) now = next;
+  }
 
   __device__ __forceinline__ void decode_step(int, int s, uint32_t (&operand)[4]) const {
 #pragma unroll

@@ -21,15 +21,13 @@ inline bool matmul_supports(const Problem& p, const Device& device) {
   return p.K % 8 == 0 && p.K * f.bits / 8 % 16 == 0;
 }
 
-// Whether tiles of so many tokens are better with x in lane order (lane_order.h), where a pass
-// over x exists that can bring it into that: qqmm's. Stored and lane order, qqmm with that
-// pass, 4096x14336: nvfp4 M=64 26.3 and 24.6 us, M=256 51.3 and 50.8, M=2048 352 and 343; mxfp8
-// M=32 23.5 and 22.1, M=64 26.8 and 25.4, M=256 56.2 and 56.4, M=2048 387 and 377; 14336x4096
-// M=64 nvfp4 30.7 and 29.6, mxfp8 30.8 and 29.7 (H200, 2026-11-29). With 128 tokens ptxas puts
-// the multiplies of e2m1 one after the other.
-constexpr bool matmul_lane_order(Format format, int tokens) {
-  return !kFormats[int(format)].affine() && tokens != 128;
-}
+// Whether x is better in lane order (lane_order.h), where a pass over x exists that can bring
+// it into that: qqmm's. Stored and lane order, qqmm with that pass, 4096x14336: nvfp4 M=64 26.3
+// and 24.6 us, M=256 51.3 and 50.8, M=2048 352 and 343; mxfp8 M=32 23.5 and 22.1, M=64 26.8 and
+// 25.4, M=256 56.2 and 56.4, M=2048 387 and 377; 14336x4096 M=64 nvfp4 30.7 and 29.6,
+// mxfp8 30.8 and 29.7 (H200, 2026-11-29). With 128 tokens: 4096x14336 M=128 nvfp4 33.8
+// and 30.8, mxfp8 36.1 and 33.3; 14336x4096 M=256 61.6 and 57.3, 66.0 and 58.7 (2026-11-30).
+constexpr bool matmul_lane_order(Format format) { return !kFormats[int(format)].affine(); }
 
 // Clusters of `blocks` that run at once: less than processors / blocks, since a cluster stays
 // within one GPC. An H200 (132 multiprocessors) runs 66 of 2, 39 of 3, 30 of 4, 17 of 6.

@@ -50,9 +50,7 @@ void run(const Product& asked, Queue& queue) {
   const bool staged =
       plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format, p.M);
   if (p.quantize_x && plan.kernel != Plan::Kernel::simt && !staged)
-    quantize_x(p,
-               plan.kernel == Plan::Kernel::matmul && !p.rhs &&
-                   matmul_lane_order(p.format, plan.tokens),
+    quantize_x(p, plan.kernel == Plan::Kernel::matmul && !p.rhs && matmul_lane_order(p.format),
                queue);
   switch (plan.kernel) {
     case Plan::Kernel::matvec:
