@@ -79,8 +79,9 @@ struct Strided {
 // Its elements in row order.
 void copy_rows(const void* from, const Strided&, Dtype, void* to, Queue&);
 
-// A product as plan() says.
+// A product as plan() says, or as this plan does: x quantized first where it has to be.
 void run(const Product&, Queue&);
+void run(const Product&, const Plan&, Queue&);
 
 // Products, one function a kernel file. Each takes what plan() hands it and nothing else.
 void matvec(const Product&, const Plan&, Queue&);

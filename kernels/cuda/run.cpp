@@ -22,10 +22,8 @@ void quantize_x(Product& p, bool to_lanes, Queue& queue) {
   p.x = x, p.lane_order = to_lanes, p.quantize_x = false;
 }
 
-}  // namespace
-
-void run(const Product& asked, Queue& queue) {
-  Product p = asked;
+// What plan() says, but for what only addresses tell.
+Plan plan_of(const Product& p, const Queue& queue) {
   const Problem problem{p.format,
                         p.dtype,
                         p.dtype,
@@ -46,6 +44,15 @@ void run(const Product& asked, Queue& queue) {
     plan = plan_without_skinny(problem, queue.device());
   if (plan.kernel == Plan::Kernel::matmul && addresses % 16 != 0)
     plan = {Plan::Kernel::simt, 0, 0, 0, 0};
+  return plan;
+}
+
+}  // namespace
+
+void run(const Product& p, Queue& queue) { run(p, plan_of(p, queue), queue); }
+
+void run(const Product& asked, const Plan& plan, Queue& queue) {
+  Product p = asked;
   // matvec may quantize x as it stages it; simt does, as it reads x.
   const bool staged =
       plan.kernel == Plan::Kernel::matvec && !p.rhs && matvec_quantizes(p.format, p.M);

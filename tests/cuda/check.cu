@@ -40,6 +40,7 @@ __attribute__((weak)) void quantize(Format, const void*, Dtype, int64_t, const f
 __attribute__((weak)) void dequantize(Format, const Weights&, const float*, void*, Dtype,
                                       Queue&);
 __attribute__((weak)) void run(const Product&, Queue&);
+__attribute__((weak)) void run(const Product&, const Plan&, Queue&);
 }  // namespace lowbit::cuda
 
 namespace lowbit::check {
@@ -67,10 +68,14 @@ bool promoted(const Case& c) {
 bool takes_pairs(const Case& c) { return c.transpose && c.dtype != Dtype::f32 && promoted(c); }
 
 // As MLX's ops run a product: whichever kernel it is, after quantizing x where asked for.
-decltype(ProductKernel::run) run_as_planned() {
-  if (!cuda::run) return nullptr;
+using Run = decltype(ProductKernel::run);
+const Run kRun = static_cast<Run>(cuda::run);  // by the plan that is given
+Run run_as_planned() {
+  if (!kRun) return nullptr;
   return [](const cuda::Product& p, const cuda::Plan&, cuda::Queue& q) { cuda::run(p, q); };
 }
+// matmul, after quantizing x where asked for: then x is in lane order.
+Run run_matmul() { return cuda::matmul && kRun ? kRun : cuda::matmul; }
 
 cuda::Plan plain_plan(const Problem&, const cuda::Device&) {
   return {cuda::Plan::Kernel::simt, 0, 0, 0, 0};
@@ -104,9 +109,12 @@ const ProductKernel kKernels[] = {
        return takes_pairs(c) && !c.pairs && !c.offset &&
               cuda::skinny_supports(problem_of(c), device);
      }},
-    {"matmul", cuda::matmul, any_matmul_plan, false, 16,
+    {"matmul", run_matmul(), any_matmul_plan, false, 16,
      [](const Case& c, const cuda::Device& device) {
-       return takes_pairs(c) && !c.pairs && cuda::matmul_supports(problem_of(c), device);
+       Problem p = problem_of(c);
+       if (p.quantize_x && (c.dtype != Dtype::bf16 || !kRun)) return false;
+       p.quantize_x = false;
+       return takes_pairs(c) && !c.pairs && cuda::matmul_supports(p, device);
      }},
     {"run", run_as_planned(), plain_plan, false, 1,
      [](const Case& c, const cuda::Device&) {
