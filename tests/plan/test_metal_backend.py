@@ -78,6 +78,7 @@ import warnings
 import mlx.core as mx, mlx_lowbit
 from mlx_lowbit import doctor, formats
 warnings.simplefilter("ignore")
+mx.set_default_device(mx.cpu)
 w = mx.random.normal((96, 128))
 for fmt in formats.FORMATS:
     kinds = dict(mode=fmt.mode, bits=fmt.bits, group_size=fmt.group_size)
