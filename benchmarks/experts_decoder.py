@@ -7,8 +7,8 @@ each token meets 8, a shared one, a dense first layer, vocabulary 151552; 107e9 
 bits with their scales and biases). Codes are random words, made on the device, layer by layer:
 nothing is downloaded and no float weight ever exists. One model serves all runs, in this order:
 `ours-B` after `mlx_lowbit.accelerate`, `mlx-B` after `undo`; `apart-B` is ours without merged
-products. Every prompt has `--prompt` tokens over all sequences together. Prefill is the second of
-two, so that what is compiled at first use is not in it; decoding is greedy. Rows are written as
+products. Every prompt has `--prompt` tokens over all sequences together. Prefill is the median of
+three after a first one, with what is compiled then; decoding is greedy. Rows are written as
 they come, and none begins after `--budget` seconds: MLX's products of experts take that long.
 """
 
@@ -128,12 +128,10 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A row for every (whose layers, prompt)."""
     for who in names:
-        mx.clear_cache()
-        mx.reset_peak_memory()
         turn(model, who)
-        yield from generation.measure(
-            model, f"{who}-{bits}", model.args.vocab_size, prompts, tokens
-        )
+        for batch, prompt in prompts:
+            models = {f"{who}-{bits}": model}
+            yield from generation.measure(models, model.args.vocab_size, batch, prompt, tokens)
 
 
 def main() -> None:

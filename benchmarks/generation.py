@@ -5,75 +5,106 @@ from __future__ import annotations
 import datetime
 import statistics
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from benchmarks.device import device_name
 from benchmarks.files import write_json
 
-
-def prefill(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[Any], float]:
-    """(logits of the last position, cache, seconds)."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
-    mx.synchronize()
-    begin = time.perf_counter()
-    logits = model(tokens, cache=cache)[:, -1]
-    mx.eval(logits, [c.state for c in cache])
-    return logits, cache, time.perf_counter() - begin
+PREFILLS, PARTS = 3, 5
 
 
-def decode(model: nn.Module, logits: mx.array, cache: list[Any], count: int) -> float:
-    """Tokens a second and sequence, the median of five parts."""
-    token = mx.argmax(logits, axis=-1)
-    mx.async_eval(token)
-    parts = []
-    for _ in range(6):
+class Run:
+    """A model, its prompt and what follows: greedy, one `async_eval` a token."""
+
+    def __init__(self, model: nn.Module, ids: mx.array):
+        self.model, self.ids = model, ids
+        self.nbytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+        self.prefill_s: list[float] = []
+        self.rates: list[float] = []  # tokens a second and sequence, of parts of what follows
+        self.peak = 0  # bytes, with the weights
+
+    def prefill(self) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self.cache = self.token = None
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        self.cache = make_prompt_cache(self.model)
+        mx.synchronize()
         begin = time.perf_counter()
-        for _ in range(count // 5):
-            following = mx.argmax(model(token[:, None], cache=cache)[:, -1], axis=-1)
+        logits = self.model(self.ids, cache=self.cache)[:, -1]
+        mx.eval(logits, [c.state for c in self.cache])
+        self.prefill_s.append(time.perf_counter() - begin)
+        self.peak = max(self.peak, mx.get_peak_memory() - before + self.nbytes)
+        self.token = mx.argmax(logits, axis=-1)
+        mx.eval(self.token)
+
+    def _steps(self, count: int) -> None:
+        for _ in range(count):
+            logits = self.model(self.token[:, None], cache=self.cache)[:, -1]
+            following = mx.argmax(logits, axis=-1)
             mx.async_eval(following)
-            mx.eval(token)
-            token = following
-        parts.append((count // 5) / (time.perf_counter() - begin))
-    return statistics.median(parts[1:])
+            mx.eval(self.token)
+            self.token = following
+
+    def decode(self, count: int) -> None:
+        self._steps(2)  # the GPU has work from here on
+        begin = time.perf_counter()
+        self._steps(count)
+        self.rates.append(count / (time.perf_counter() - begin))
+        mx.synchronize()
 
 
 def measure(
-    model: nn.Module, name: str, vocabulary: int, prompts: list[tuple[int, int]], tokens: int
-) -> Iterator[dict[str, Any]]:
-    """A row for every (batch, tokens of each prompt), whose `tokens` tokens follow.
+    models: dict[str, nn.Module], vocabulary: int, batch: int, prompt: int, tokens: int
+) -> list[dict[str, Any]]:
+    """A row for each model: `batch` prompts of `prompt` tokens and `tokens` after each.
 
-    The peak of the memory is that since it was last reset.
+    Models take turns, since what else a host does, and how warm a GPU is, changes within a minute.
+    Medians, without the first time, and half of the spread over the median.
     """
-    for batch, prompt in prompts:
-        ids = mx.random.randint(0, vocabulary, (batch, prompt))
-        *_, first = prefill(model, ids)
-        logits, cache, seconds = prefill(model, ids)
-        row = {
+    ids = mx.random.randint(0, vocabulary, (batch, prompt))
+    runs = {name: Run(model, ids) for name, model in models.items()}
+    for _ in range(1 + PREFILLS):
+        for run in runs.values():
+            run.prefill()
+    for _ in range(1 + PARTS):
+        for run in runs.values():
+            run.decode(max(1, tokens // PARTS))
+    return [
+        {
             "weights": name,
             "batch": batch,
             "prompt": prompt,
-            "first_prefill_s": round(first, 3),
-            "prefill_tokens_per_sec": round(batch * prompt / seconds, 1),
-            "decode_tokens_per_sec": round(batch * decode(model, logits, cache, tokens), 1),
-            "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
+            "first_prefill_s": round(run.prefill_s[0], 3),
+            **_rate("prefill", [batch * prompt / seconds for seconds in run.prefill_s[1:]]),
+            **_rate("decode", [batch * rate for rate in run.rates[1:]]),
+            "peak_memory_gb": round(run.peak / 1e9, 2),
         }
-        del logits, cache
-        yield row
+        for name, run in runs.items()
+    ]
+
+
+def _rate(what: str, rates: list[float]) -> dict[str, float]:
+    median = statistics.median(rates)
+    return {
+        f"{what}_tokens_per_sec": round(median, 1),
+        f"{what}_spread": round((max(rates) - min(rates)) / 2 / median, 3),
+    }
 
 
 def show(row: dict[str, Any]) -> None:
     print(
         f"{row['weights']:10} batch {row['batch']:3}  "
-        f"prefill {row['prefill_tokens_per_sec']:10.1f}  "
-        f"decode {row['decode_tokens_per_sec']:8.1f} tokens-per-sec  "
+        f"prefill {row['prefill_tokens_per_sec']:8.1f} ± {row['prefill_spread']:3.0%}  "
+        f"decode {row['decode_tokens_per_sec']:7.1f} ± {row['decode_spread']:3.0%} tokens-per-sec  "
         f"first prefill {row['first_prefill_s']:.2f} s  "
         f"peak memory {row['peak_memory_gb']:.1f} GB",
         flush=True,

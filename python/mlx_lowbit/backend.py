@@ -164,6 +164,8 @@ def reason_for_mlx(
         RuntimeError: backend ``lowbit``, and no kernel of ours.
     """
     global _settled
+    if missing_format is None and settled(stream):
+        return None
     if _backend == "mlx":
         return "set_backend('mlx') asks for it"
     reason = getattr(_refused, "reason", None)

@@ -12,7 +12,7 @@ from typing import Literal
 import mlx.core as mx
 
 from . import _ext, _fallback, _load
-from .backend import compiled_where_it_runs, get_backend, reason_for_mlx, settled
+from .backend import compiled_where_it_runs, get_backend, reason_for_mlx
 from .formats import Format, MissingFormatError, get
 
 __all__ = [
@@ -45,8 +45,6 @@ def _choose(
     """
     try:
         found, missing = get(mode, bits, group_size), None
-        if settled(stream):
-            return found, None
     except MissingFormatError as error:
         found, missing = None, str(error)
     except ValueError as error:

@@ -90,7 +90,6 @@ def test_on_metal_only_what_was_measured_faster_is_ours(monkeypatch):
     assert backend.reason_for_mlx("quantized_matmul", None, None, fmt, x, w) is None
 
 
-@pytest.mark.cpu  # MLX's CUDA op refuses shapes as small as these
 def test_measured_rows_are_of_both(monkeypatch):
     calls = []
     real = ops.quantized_matmul
@@ -138,7 +137,6 @@ def test_doctor_tunes_and_keeps(monkeypatch, capsys, cache):
     assert "2.00x" in capsys.readouterr().out and len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.cpu
 def test_a_refused_or_wrong_kernel_has_no_figure(monkeypatch):
     """One row of x: refused; two: wrong in its last column; three: right."""
     right = ops.quantized_matmul
