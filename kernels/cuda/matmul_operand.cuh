@@ -1,9 +1,8 @@
 // How a warpgroup of matmul gets wgmma's A operand: codes and scales from a stage in shared
 // memory to registers, a piece at a time, and from there to weights.
 //
-//   load<p>(stage)      piece p of a unit of 128 k: kAhead, while the piece before it is
-//   decoded,
-//                       else once that has been
+//   load<p>(stage)      piece p of a unit of 128 k; kAhead: while the piece before it is
+//                       decoded, else when it has been
 //   begin_piece()       what was loaded last is decoded from here on
 //   decode_step(p, s)   16 k of it
 #pragma once
