@@ -106,7 +106,15 @@ def _not_measured(op: str, stream, fmt: Format | None, x, w) -> str | None:
 
 refusals: dict[str, str] = {}
 """What Metal's compiler said of kernels that it refused, by operation."""
-_refused = threading.local()
+
+
+class _Refused(threading.local):
+    """Why the operation that a thread repeats must run on MLX's op."""
+
+    reason: str | None = None  # of the class: an attribute that is not there costs a microsecond
+
+
+_refused = _Refused()
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -164,13 +172,12 @@ def reason_for_mlx(
         RuntimeError: backend ``lowbit``, and no kernel of ours.
     """
     global _settled
-    if missing_format is None and settled(stream):
-        return None
     if _backend == "mlx":
         return "set_backend('mlx') asks for it"
-    reason = getattr(_refused, "reason", None)
-    if reason is not None:
-        return reason
+    if _refused.reason is not None:
+        return _refused.reason
+    if missing_format is None and settled(stream):
+        return None
     reason = missing_kernel(stream, missing_format)
     reason = reason or _not_measured(op, stream, fmt, x, w)
     if reason is None:
