@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks.device import device_name
 from benchmarks.files import write_json
+from benchmarks.spread import median_and_spread
 
 PREFILLS, PARTS = 3, 5
 
@@ -65,7 +65,7 @@ class Run:
 def measure(
     models: dict[str, nn.Module], vocabulary: int, batch: int, prompt: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """A row for each model: `batch` prompts of `prompt` tokens and `tokens` after each.
+    """A row for each model: `batch` prompts of `prompt` tokens, and some `tokens` after each.
 
     Models take turns, since what else a host does, and how warm a GPU is, changes within a minute.
     Medians, without the first time, and half of the spread over the median.
@@ -93,11 +93,8 @@ def measure(
 
 
 def _rate(what: str, rates: list[float]) -> dict[str, float]:
-    median = statistics.median(rates)
-    return {
-        f"{what}_tokens_per_sec": round(median, 1),
-        f"{what}_spread": round((max(rates) - min(rates)) / 2 / median, 3),
-    }
+    median, spread = median_and_spread(rates)
+    return {f"{what}_tokens_per_sec": round(median, 1), f"{what}_spread": round(spread, 3)}
 
 
 def show(row: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,8 @@ from importlib.metadata import version
 from itertools import pairwise
 
 import torch
+
+from benchmarks.spread import median_and_spread
 
 from .timing import DEVICE, Rows, copies, replay
 
@@ -104,8 +105,7 @@ def mlx(K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]:
                 mx.eval([call(x) for call in many])
                 mx.synchronize()
                 times.append((time.perf_counter() - begin) * 1e6 / len(many))
-            median = statistics.median(times[1:])  # the first compiles
-            rows[M] = (median, (max(times[1:]) - min(times[1:])) / 2 / median)
+            rows[M] = median_and_spread(times[1:])  # the first compiles
         return rows
 
     dense = [

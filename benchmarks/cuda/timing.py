@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
+
+from benchmarks.spread import median_and_spread
 
 DEVICE = "cuda"
 Rows = dict[int, tuple[float, float]]
@@ -48,8 +49,7 @@ def replay(calls: list[Callable[[], object]]) -> tuple[float, float]:
             end.record(stream)
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e3 / count)
-    median = statistics.median(times)
-    return median, (max(times) - min(times)) / 2 / median
+    return median_and_spread(times)
 
 
 def copies(nbytes: int) -> int:

@@ -67,14 +67,15 @@ bool promoted(const Case& c) {
 // What the tensor-core kernels are asked for.
 bool takes_pairs(const Case& c) { return c.transpose && c.dtype != Dtype::f32 && promoted(c); }
 
-// As MLX's ops run a product: whichever kernel it is, after quantizing x where asked for.
 using Run = decltype(ProductKernel::run);
-const Run kRun = static_cast<Run>(cuda::run);  // by the plan that is given
+// Quantizes x where asked for, and runs the plan that it is given.
+const Run kRun = static_cast<Run>(cuda::run);
+// As MLX's ops run a product: whichever kernel it is.
 Run run_as_planned() {
   if (!kRun) return nullptr;
   return [](const cuda::Product& p, const cuda::Plan&, cuda::Queue& q) { cuda::run(p, q); };
 }
-// matmul, after quantizing x where asked for: then x is in lane order.
+// Quantized x comes in lane order. Where run.cpp is not linked there is none.
 Run run_matmul() { return cuda::matmul && kRun ? kRun : cuda::matmul; }
 
 cuda::Plan plain_plan(const Problem&, const cuda::Device&) {
