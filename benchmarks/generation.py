@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lowbit import memory
 
 from benchmarks.device import device_name
 from benchmarks.files import write_json
@@ -34,15 +35,15 @@ class Run:
 
         self.cache = self.token = None
         mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = memory.get_active_memory()
+        memory.reset_peak_memory()
         self.cache = make_prompt_cache(self.model)
         mx.synchronize()
         begin = time.perf_counter()
         logits = self.model(self.ids, cache=self.cache)[:, -1]
         mx.eval(logits, [c.state for c in self.cache])
         self.prefill_s.append(time.perf_counter() - begin)
-        self.peak = max(self.peak, mx.get_peak_memory() - before + self.nbytes)
+        self.peak = max(self.peak, memory.get_peak_memory() - before + self.nbytes)
         self.token = mx.argmax(logits, axis=-1)
         mx.eval(self.token)
 

@@ -135,7 +135,8 @@ class ClusterNode {
 class EncoderQueue : public Queue {
  public:
   explicit EncoderQueue(mx::Stream stream)
-      : encoder_(mx::cu::get_command_encoder(stream)),
+      : stream_(stream),
+        encoder_(mx::cu::get_command_encoder(stream)),
         index_(encoder_.device().cuda_device()),
         device_(cuda::device(index_)) {
     encoder_.device().make_current();
@@ -171,8 +172,14 @@ class EncoderQueue : public Queue {
       const char* text = std::getenv("MLX_LOWBIT_POISON");
       return text && *text && *text != '0';
     }();
-    out.set_data(take(out.nbytes(), index_, encoder_.stream()));
-    void* p = keep(out);
+    if (out.nbytes() < kLarge) {
+      out.set_data(take(out.nbytes(), index_, encoder_.stream()));
+      encoder_.add_temporary(out);
+    } else {
+      take_of_mlx(out, index_, stream_);
+    }
+    written_.push_back(out);
+    void* p = address(out);
     // Straight onto the stream, before the graph: nothing there uses the block
     // (launch_memory.h).
     if (poison)
@@ -183,7 +190,9 @@ class EncoderQueue : public Queue {
   void* scratch(size_t bytes) override {
     mx::array held(mx::Shape{1}, mx::uint8, nullptr, {});
     held.set_data(take(bytes, index_, encoder_.stream()));
-    return keep(held);
+    encoder_.add_temporary(held);
+    written_.push_back(held);
+    return address(held);
   }
 
   void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void** args,
@@ -215,12 +224,7 @@ class EncoderQueue : public Queue {
     return static_cast<char*>(buffer->data) + a.offset();
   }
 
-  void* keep(const mx::array& a) {
-    encoder_.add_temporary(a);
-    written_.push_back(a);
-    return address(a);
-  }
-
+  const mx::Stream stream_;
   mx::cu::CommandEncoder& encoder_;
   const int index_;
   const Device& device_;
@@ -344,6 +348,7 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .refusal = [](int index) { return cuda::refusal(index); },
       .total_memory = cuda::total_memory,
       .memory_use = cuda::memory_use,
+      .reset_peak = cuda::reset_peak,
       .launch = cuda::launch,
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,

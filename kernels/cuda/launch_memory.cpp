@@ -11,6 +11,7 @@
 #include "device.h"
 #include "mlx/backend/cuda/allocator.h"
 #include "mlx/memory.h"
+#include "mlx/ops.h"
 
 namespace lowbit::cuda {
 
@@ -31,6 +32,11 @@ size_t size_class(size_t bytes) {
   if (bytes <= kLeast) return kLeast;
   const size_t step = std::max(kLeast, std::bit_floor(bytes - 1) / 8);
   return (bytes + step - 1) / step * step;
+}
+
+[[noreturn]] void refuse(size_t bytes, int device, const char* reason) {
+  throw std::runtime_error("[lowbit] unable to allocate " + std::to_string(bytes) +
+                           " bytes on CUDA device " + std::to_string(device) + ": " + reason);
 }
 
 class Pool {
@@ -60,9 +66,31 @@ class Pool {
     for (Block* each : old) release(each);
   }
 
+  // Gives back all that the lists of this package and of MLX hold. Waits, which only a program
+  // that is out of memory does.
+  void trim() {
+    std::vector<Block*> blocks;
+    {
+      const std::lock_guard lock(mutex_);
+      for (auto& [capacity, list] : free_) {
+        blocks.insert(blocks.end(), list.begin(), list.end());
+        list.clear();
+      }
+      use_.cached = 0;
+    }
+    for (Block* block : blocks) release(block);
+    mx::clear_cache();
+    cudaDeviceSynchronize();
+  }
+
   MemoryUse use() {
     const std::lock_guard lock(mutex_);
     return use_;
+  }
+
+  void reset_peak() {
+    const std::lock_guard lock(mutex_);
+    use_.peak = 0;
   }
 
  private:
@@ -84,7 +112,7 @@ class Pool {
 
   void count(size_t capacity) {
     use_.active += capacity;
-    use_.peak = std::max(use_.peak, use_.active);
+    use_.peak = std::max(use_.peak, use_.active + mx::get_active_memory());
   }
 
   Block* reuse(size_t capacity) {
@@ -108,31 +136,12 @@ class Pool {
     }
     if (error != cudaSuccess) {
       cudaGetLastError();
-      throw std::runtime_error("[lowbit] unable to allocate " + std::to_string(capacity) +
-                               " bytes on CUDA device " + std::to_string(device_) + ": " +
-                               cudaGetErrorString(error));
+      refuse(capacity, device_, cudaGetErrorString(error));
     }
     auto* block = new Block{{data, capacity, device_}, device_, capacity};
     const std::lock_guard lock(mutex_);
     count(capacity);
     return block;
-  }
-
-  // Gives back all that the lists of this package and of MLX hold. Waits, which only a program
-  // that is out of memory does.
-  void trim() {
-    std::vector<Block*> blocks;
-    {
-      const std::lock_guard lock(mutex_);
-      for (auto& [capacity, list] : free_) {
-        blocks.insert(blocks.end(), list.begin(), list.end());
-        list.clear();
-      }
-      use_.cached = 0;
-    }
-    for (Block* block : blocks) release(block);
-    mx::clear_cache();
-    cudaDeviceSynchronize();
   }
 
   // No work uses the block: its memory may go on a stream that has nothing to do with it.
@@ -192,6 +201,16 @@ void give_back(mx::allocator::Buffer buffer) {
   if (block) pool(block->home).give(block);
 }
 
+mx::Primitive& concatenation(mx::Stream stream) {
+  static thread_local std::unordered_map<int, std::shared_ptr<mx::Primitive>> known;
+  auto& found = known[stream.index];
+  if (!found) {
+    const mx::array part({0.0f});
+    found = mx::concatenate({part, part}, 0, stream).primitive_ptr();
+  }
+  return *found;
+}
+
 }  // namespace
 
 mx::allocator::Data take(size_t bytes, int device, cudaStream_t stream) {
@@ -199,6 +218,22 @@ mx::allocator::Data take(size_t bytes, int device, cudaStream_t stream) {
   return {mx::allocator::Buffer(buffer), give_back};
 }
 
+void take_of_mlx(mx::array& out, int device, mx::Stream stream) {
+  std::vector<mx::array> outputs{out};
+  try {
+    concatenation(stream).eval_gpu({}, outputs);
+  } catch (const std::exception&) {
+    pool(device).trim();
+    try {
+      concatenation(stream).eval_gpu({}, outputs);
+    } catch (const std::exception& error) {
+      refuse(out.nbytes(), device, error.what());
+    }
+  }
+}
+
 MemoryUse memory_use(int device) { return pool(device).use(); }
+
+void reset_peak(int device) { pool(device).reset_peak(); }
 
 }  // namespace lowbit::cuda

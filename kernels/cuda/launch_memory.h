@@ -1,20 +1,21 @@
-// Device memory for results and scratch: a free list in front of cudaMallocAsync.
+// Device memory for results and scratch: MLX's own for large results, and for the rest a free
+// list in front of cudaMallocAsync.
 //
-// MLX's own asynchronous allocator is not exported from its library, and what
-// mlx::core::allocator hands out is managed memory, which a kernel on the GPU must not write.
+// MLX's asynchronous allocator is not exported from its library, and what mlx::core::allocator
+// hands out is managed memory, which a kernel on the GPU must not write.
 //
-// Contract. A block goes back to the list when the last owner of its Data lets go. Whoever
-// takes one gives the Data to the stream's command encoder as a temporary (launch.cpp does, for
-// results too): the encoder lets go when the work that it was given by then is done, and
-// readers on other streams hold the array until theirs is. So nothing on any stream still uses
-// a block of the list, and any stream and thread may take it. Blocks return on whatever thread
-// lets go last.
+// Contract of the list. A block goes back to it when the last owner of its Data lets go.
+// Whoever takes one gives the Data to the stream's command encoder as a temporary (launch.cpp
+// does, for results too): the encoder lets go when the work that it was given by then is done,
+// and readers on other streams hold the array until theirs is. So nothing on any stream still
+// uses a block of the list, and any stream and thread may take it. Blocks return on whatever
+// thread lets go last.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "../host/backend.h"
-#include "mlx/allocator.h"
+#include "mlx/array.h"
 
 namespace lowbit::cuda {
 
@@ -23,6 +24,18 @@ namespace lowbit::cuda {
 // enough.
 mlx::core::allocator::Data take(size_t bytes, int device, cudaStream_t stream);
 
+// From so many bytes on a result has memory of MLX's.
+inline constexpr size_t kLarge = 2 << 20;
+
+// Gives `out` memory from MLX's allocator for GPUs, which counts and caches it, and lets an
+// operation that reads a result last write its own there. Throws as `take` does.
+//
+// The way to that allocator which MLX does not hide: a concatenation of no arrays allocates its
+// result and launches nothing. It leaves an empty node in the encoder's graph, though, which
+// costs more time than the small results of a decode step would save.
+void take_of_mlx(mlx::core::array& out, int device, mlx::core::Stream stream);
+
 MemoryUse memory_use(int device);
+void reset_peak(int device);
 
 }  // namespace lowbit::cuda

@@ -22,9 +22,10 @@ void launch_dequantize(Format, const mx::array& w, const mx::array& scales,
 
 namespace lowbit {
 
-// Device memory that a backend holds for results and scratch, in bytes.
+// Device memory that a backend holds for results and scratch, in bytes, and MLX does not count.
 struct MemoryUse {
-  size_t active, peak, cached;
+  size_t active, cached;
+  size_t peak;  // `active` and MLX's own together, the most when the backend took some
 };
 
 // A GPU backend, as it hands itself over. The three launches keep the contract of the CPU's
@@ -37,6 +38,7 @@ struct Backend {
   std::string (*refusal)(int device);
   size_t (*total_memory)(int device);
   MemoryUse (*memory_use)(int device);
+  void (*reset_peak)(int device);
   void (*launch)(const ProductKind&, const ProductInputs&, mx::array& out, mx::Stream);
   void (*launch_quantize)(Format, const mx::array& w,
                           const std::optional<mx::array>& global_scale,

@@ -275,6 +275,7 @@ const lowbit::Backend* lowbit::metal_backend() {
       .refusal = [](int) { return std::string(); },
       .total_memory = metal::main_memory,
       .memory_use = [](int) { return MemoryUse{}; },
+      .reset_peak = [](int) {},
       .launch = metal::launch,
       .launch_quantize = metal::launch_quantize,
       .launch_dequantize = metal::launch_dequantize,

@@ -124,6 +124,8 @@ def missing_gpu_kernels(device: int = 0) -> str | None:
 
     from . import _ext
 
+    if missing_extension is not None:
+        return missing_extension
     if mx.metal.is_available():
         return None if _ext.has_metal else "this installation has no kernels for Metal"
     if not mx.cuda.is_available():

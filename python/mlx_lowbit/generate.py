@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cli
+from . import cli, memory
 
 NAME = "mlx_lowbit.generate"
 
@@ -194,7 +194,9 @@ def stream_generate(
     if isinstance(rows, int) and top_k >= rows:
         raise ValueError(f"top_k must be below the {rows} tokens of the model, got {top_k}")
     sampler = make_sampler(temp, top_p, min_p, top_k=top_k)
-    yield from of_mlx_lm(model, tokenizer, tokens, max_tokens, sampler=sampler, **more)
+    for response in of_mlx_lm(model, tokenizer, tokens, max_tokens, sampler=sampler, **more):
+        response.peak_memory = memory.get_peak_memory() / 1e9
+        yield response
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str | Sequence[int], **keywords: Any) -> str:

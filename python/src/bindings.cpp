@@ -263,5 +263,9 @@ NB_MODULE(_ext, m) {
         const lowbit::MemoryUse use = lowbit::gpu().memory_use(device);
         return std::make_tuple(use.active, use.peak, use.cached);
       },
-      "device"_a = 0, "Bytes of results and scratch on a CUDA device: (active, peak, cached).");
+      "device"_a = 0,
+      "Bytes of results and scratch on a CUDA device: (active, peak with MLX's own, cached).");
+  m.def(
+      "reset_cuda_peak", [](int device) { lowbit::gpu().reset_peak(device); }, "device"_a = 0,
+      "Forgets the peak of cuda_memory.");
 }

@@ -23,6 +23,7 @@ from checkpoint_values import (
     published,
     write,
 )
+from mlx_lowbit import memory
 from mlx_lowbit.formats import FORMATS
 from mlx_lowbit.load import ORIGIN, load
 from mlx_lowbit.nn.layer import LowbitLayer
@@ -64,7 +65,8 @@ def test_a_published_checkpoint(tmp_path, shards, index):
     )
     assert_same(loaded, model)
     assert not loaded.training
-    assert isinstance(layer(loaded, VALUE), mlx_lowbit.nn.Linear)
+    ours = mx.default_device().type == mx.cpu  # a GPU has MLX's dense products
+    assert isinstance(layer(loaded, VALUE), mlx_lowbit.nn.Linear) == ours
     assert tokenizer.decode(tokenizer.encode("words")) == "words"
     assert tokenizer.eos_token_ids == {257}
 
@@ -229,10 +231,12 @@ def test_memory_while_quantizing(tmp_path, mode):
         hidden_size=256,
         moe_intermediate_size=512,
     )
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    mx.synchronize()
+    before = memory.get_active_memory()
+    memory.reset_peak_memory()
     model, _ = load(path, mode=mode)
-    peak, held = mx.get_peak_memory() - before, mx.get_active_memory() - before
+    mx.synchronize()
+    peak, held = memory.get_peak_memory() - before, memory.get_active_memory() - before
     size = sum(value.nbytes for value in parameters(model).values())
     source = (path / "model.safetensors").stat().st_size / 8
     assert size <= held <= size + 200_000

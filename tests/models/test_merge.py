@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from layer_values import assert_product, decoded, taken
 from merged_layers import NAMES, ROWS, Attention, K, X, group, merged, same
 from mlx.utils import tree_flatten
-from mlx_lowbit import accelerate, nn, quantize_activations, undo
+from mlx_lowbit import accelerate, memory, nn, quantize_activations, undo
 from mlx_lowbit.nn import merge
 from oracle import to_numpy
 from small_modules import states, values
@@ -187,15 +187,15 @@ def test_no_second_copy():
         model[name] = mlx_nn.QuantizedLinear.from_linear(mlx_nn.Linear(K, 4096, bias=False))
     mx.eval(model.parameters())
     gc.collect()
-    before = mx.get_active_memory()
+    before = memory.get_active_memory()
     size = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     report = accelerate(model, merge=True)
     assert report.merged == [("", NAMES, size)]
-    assert mx.get_active_memory() - before < size // 20
+    assert memory.get_active_memory() - before < size // 20
     for again in (lambda: model(X), lambda: undo(model) and model(X)):
-        mx.reset_peak_memory()
+        memory.reset_peak_memory()
         mx.eval(again())
-        assert mx.get_peak_memory() - before < size // 5
+        assert memory.get_peak_memory() - before < size // 5
 
 
 class Own(mlx_nn.QuantizedLinear):

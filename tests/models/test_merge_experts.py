@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from layer_values import decoded, taken
 from merged_layers import same
 from mlx.utils import tree_flatten
-from mlx_lowbit import accelerate, formats, nn, quantize_activations, undo
+from mlx_lowbit import accelerate, formats, memory, nn, quantize_activations, undo
 from small_modules import states, values
 
 switch_layers = pytest.importorskip("mlx_lm.models.switch_layers")
@@ -178,20 +178,20 @@ def test_no_copy_now_or_later():
         model[name] = nn.QuantizedSwitchLinear.from_linear(dense)
     mx.eval(model.parameters())
     gc.collect()
-    before = mx.get_active_memory()
+    before = memory.get_active_memory()
     size = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     assert accelerate(model, merge=True).merged == [("", NAMES, size)]
     mx.synchronize()
-    assert mx.get_active_memory() - before < size // 20
+    assert memory.get_active_memory() - before < size // 20
 
     def apart():
         group(model).limit = 0
         return model(X)
 
     for products in (lambda: model(X), apart, lambda: undo(model) and model(X)):
-        mx.reset_peak_memory()
+        memory.reset_peak_memory()
         mx.eval(products())
-        assert mx.get_peak_memory() - before < size // 5
+        assert memory.get_peak_memory() - before < size // 5
 
 
 def replace(layer):

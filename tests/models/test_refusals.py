@@ -192,6 +192,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused_at_the_prompt(tmp_path):
     assert isinstance(generate(model, tokenizer, "hi", max_tokens=1), str)
 
 
+@pytest.mark.cpu
 def test_experts_that_do_not_run_on_a_cpu_are_refused(tmp_path, capsys):
     path, command = checkpoint(tmp_path), importlib.import_module("mlx_lowbit.generate")
     assert command.main(["--model", str(path), "-m", "1"]) == 1
