@@ -8,8 +8,8 @@ quantized layers with B bits (group 64), `ours-B` the same model after `mlx_lowb
 `mxfp8` and `nvfp4` stand where a number of bits does. Prefill is the median of three, after a first
 one (`first`, in seconds) with what is compiled then; decoding is greedy. The models stay in memory
 and take turns, and ratios to bf16 are of such turns: at batch 1 the host is what bounds most of
-them. Peak memory is a model's own, of its prompts; where not all of them fit (some 45 GB of weights, 30
-of caches at batch 16), fewer `--weights` are measured at a time.
+them. Peak memory is a model's own, of its prompts; where not all of them fit (some 45 GB of
+weights, 30 of caches at batch 16), fewer `--weights` are measured at a time.
 """
 
 from __future__ import annotations

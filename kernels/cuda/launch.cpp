@@ -172,16 +172,13 @@ class EncoderQueue : public Queue {
       const char* text = std::getenv("MLX_LOWBIT_POISON");
       return text && *text && *text != '0';
     }();
-    if (out.nbytes() < kLarge) {
-      out.set_data(take(out.nbytes(), index_, encoder_.stream()));
-      encoder_.add_temporary(out);
-    } else {
+    if (out.nbytes() < kLarge)
+      take_listed(out, out.nbytes());
+    else
       take_of_mlx(out, index_, stream_);
-    }
-    written_.push_back(out);
-    void* p = address(out);
-    // Straight onto the stream, before the graph: nothing there uses the block
-    // (launch_memory.h).
+    void* p = written(out);
+    // Straight onto the stream, before the graph: nothing there uses memory of the list
+    // (launch_memory.h) or of MLX's cache, which also gets it when the work is done.
     if (poison)
       check(cudaMemsetAsync(p, 0xff, out.nbytes(), encoder_.stream()), "cudaMemsetAsync");
     return static_cast<T*>(p);
@@ -189,10 +186,8 @@ class EncoderQueue : public Queue {
 
   void* scratch(size_t bytes) override {
     mx::array held(mx::Shape{1}, mx::uint8, nullptr, {});
-    held.set_data(take(bytes, index_, encoder_.stream()));
-    encoder_.add_temporary(held);
-    written_.push_back(held);
-    return address(held);
+    take_listed(held, bytes);
+    return written(held);
   }
 
   void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void** args,
@@ -222,6 +217,17 @@ class EncoderQueue : public Queue {
   static void* address(const mx::array& a) {
     const auto* buffer = static_cast<const mx::cu::CudaBuffer*>(a.buffer().ptr());
     return static_cast<char*>(buffer->data) + a.offset();
+  }
+
+  // Memory of the list, which the encoder keeps until the work is done.
+  void take_listed(mx::array& a, size_t bytes) {
+    a.set_data(take(bytes, index_, encoder_.stream()));
+    encoder_.add_temporary(a);
+  }
+
+  void* written(const mx::array& a) {
+    written_.push_back(a);
+    return address(a);
   }
 
   const mx::Stream stream_;

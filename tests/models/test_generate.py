@@ -112,17 +112,25 @@ def test_a_quantized_cache_is_passed_on(model, tokenizer, monkeypatch):
     assert seen["kv_bits"] == 8 and seen["kv_group_size"] == 32
 
 
-@pytest.mark.cpu  # on CUDA MLX has no product of a slice of such a cache
-def test_a_quantized_cache_that_mlx_lm_would_fail_to_make(model, tokenizer, monkeypatch):
+@pytest.fixture
+def one_token(model, tokenizer, monkeypatch):
+    """Makes a token with these settings of the cache."""
     monkeypatch.setattr(model.args, "head_dim", 32)
+    return lambda **settings: list(
+        command.stream_generate(model, tokenizer, "a", max_tokens=1, **settings)
+    )
 
-    def run(**settings):
-        return list(command.stream_generate(model, tokenizer, "a", max_tokens=1, **settings))
 
-    assert run(kv_bits=8, kv_group_size=32, max_kv_size=9), "this model makes its own caches"
+def test_a_quantized_cache_that_mlx_lm_would_fail_to_make(one_token):
     with pytest.raises(ValueError, match="divide the 32 dimensions of a head, got 64"):
-        run(kv_bits=8)
-    assert run(kv_bits=8, kv_group_size=32, quantized_kv_start=0) and run(max_kv_size=9)
+        one_token(kv_bits=8)
+    assert one_token(max_kv_size=9)
+
+
+@pytest.mark.cpu  # on CUDA MLX has no product of a slice of such a cache
+def test_quantized_caches(one_token):
+    assert one_token(kv_bits=8, kv_group_size=32, max_kv_size=9), "this model makes its own caches"
+    assert one_token(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
 
 
 @pytest.mark.parametrize("count, error", [(65, "65 tokens.*64"), (0, None)])

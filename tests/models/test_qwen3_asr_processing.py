@@ -32,14 +32,14 @@ NAMES = tuple(qwen3_asr.LANGUAGES)
 # --- spectrograms -------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu  # numpy's work against torch's, wherever the model runs
 @pytest.mark.parametrize("seconds", [*values.SECONDS, 0.50001, 3.07718])
 @pytest.mark.parametrize("signal", [values.clip, values.tonal], ids=["noise", "tones"])
 def test_log_mel(signal, seconds):
     """transformers' features, tightly as they would be in float64, and as its float32 has them.
 
-    Against the latter 1e-5 holds at nearly every value, and 2e-5 at all of short noise. The rest is
-    its own rounding: where it differs from us by more, it does from its formula in float64. How
-    much that is varies with torch and the processor.
+    Against the latter 1e-5 holds at nearly every value, and at all of short noise. The exceptions
+    are its own rounding: where it differs from us by more, it does from its formula in float64.
     """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -50,9 +50,9 @@ def test_log_mel(signal, seconds):
     np.testing.assert_allclose(got, exact, atol=1e-6, rtol=0)
     difference = np.abs(got - shipped)
     assert difference.mean() < 1e-6 and difference.max() < 1e-4
-    assert (difference > 1e-5).mean() < 2e-3
+    assert (difference > 1e-5).mean() < 1e-3
     if signal is values.clip and seconds < 10:
-        assert difference.max() < 2e-5
+        assert difference.max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["silence", "tone", "one click", "loud"])
