@@ -6,7 +6,9 @@
 Times are CUDA-graph replays, microseconds a call, over as many copies of the weights as make four
 times the L2 cache: the median of nine replays, and their spread. Results are compared with a
 float64 product of decoded bits first; a wrong one is not timed. Needs torch with CUDA; `--peers`
-adds torch's int4pack, humming-kernels and MLX's own products where they are installed.
+adds torch's int4pack, humming-kernels and MLX's own products where they are installed, MLX's on the
+wall clock, five evaluations of up to 40 calls. `--quantize-x` times qqmm, ours and of the peers
+MLX's, with the quantization of x.
 """
 
 from __future__ import annotations
@@ -79,7 +81,13 @@ def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["4096x14336", "14336x4096", "4096x4096"])
     parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048])
-    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=["int4pack"])
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=peers.PEERS,
+        default=["int4pack"],
+        help="also time these; with --quantize-x only mlx, by mx.qqmm",
+    )
     parser.add_argument("--quantize-x", action="store_true", help="qqmm: mxfp8 and nvfp4 only")
     options = parser.parse_args()
     known = formats()
@@ -101,7 +109,10 @@ def main() -> None:
         for M, (median, spread) in dense.items():
             add("torch bf16", K, N, M, median, spread, median)
         for peer in options.peers:
-            for who, rows_of in peers.measure(peer, K, N, options.m, options.formats).items():
+            timed = peers.measure(
+                peer, peers.PEERS[peer], K, N, options.m, options.formats, options.quantize_x
+            )
+            for who, rows_of in timed:
                 for M, (median, spread) in rows_of.items():
                     add(who, K, N, M, median, spread, dense[M][0])
         for name in options.formats:

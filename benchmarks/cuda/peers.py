@@ -1,6 +1,7 @@
 """Others' low-bit products, timed beside ours: torch's int4pack, humming-kernels and MLX's own.
 
-A peer that is not installed is left out, with a line that says so.
+A peer that is not installed is left out, with a line that says so. MLX compiles some ten seconds
+for each format and kind of M.
 """
 
 from __future__ import annotations
@@ -8,16 +9,31 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
+from types import ModuleType
+from typing import TypeVar
 
 import torch
 
 from benchmarks.spread import median_and_spread
 
 from .timing import DEVICE, Rows, copies, replay
+from .weights import formats
+
+T = TypeVar("T")
+Case = tuple[int, bool]
+"""Of experts: tokens, and whether the pairs are sorted by expert."""
+CaseTimes = dict[Case, tuple[float, float]]
+"""(median in microseconds, half the spread over the median)."""
+Timed = Iterator[tuple[str, T]]
+"""Who, and its times, as they are measured."""
+Chosen = dict[Case, list[list[int]]]
+"""Lists of the experts of tokens * top pairs, several for each case."""
+
+EVALUATIONS, MOST_CALLS, MOST_US = 5, 40, 2e5
 
 # What humming calls the formats; its affine zero points are floats, as MLX's biases are.
 _AFFINE = {"has_zero_point": True, "is_fp_zero_point": True, "group_size": 64}
@@ -35,10 +51,10 @@ HUMMING: dict[str, dict[str, object]] = {
 }
 
 
-def int4pack(K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]:
-    """torch's `_weight_int4pack_mm`, 4 bits in groups of 64, for up to 64 rows of x."""
-    if "affine4_g64" not in names:
-        return {}
+def int4pack(K: int, N: int, ms: list[int], names: list[str], quantize_x: bool) -> Timed[Rows]:
+    """torch's `_weight_int4pack_mm`, 4 bits in groups of 64, for up to 64 rows of bfloat16 x."""
+    if quantize_x or "affine4_g64" not in names:
+        return
     one = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE)
     scales = torch.rand(K // 64, N, 2, device=DEVICE).bfloat16()
     packed = torch.ops.aten._convert_weight_to_int4pack(one, 8)
@@ -49,15 +65,16 @@ def int4pack(K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]
         rows[M] = replay(
             [lambda w=w, x=x: torch.ops.aten._weight_int4pack_mm(x, w, 64, scales) for w in every]
         )
-    return {"torch int4pack": rows}
+    yield "torch int4pack", rows
 
 
-def humming(K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]:
+def humming(K: int, N: int, ms: list[int], names: list[str], quantize_x: bool) -> Timed[Rows]:
     """humming-kernels with bfloat16 x, each M with the configuration that it recommends."""
+    if quantize_x:
+        return
     from humming.layer import HummingLayer
     from humming.tune import get_heuristics_config
 
-    result = {}
     dense = torch.randn(N, K, device=DEVICE).bfloat16() * 0.02
     for name in filter(HUMMING.__contains__, names):
         layer = HummingLayer(
@@ -79,54 +96,107 @@ def humming(K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]:
         for M in ms:
             x = torch.randn(M, K, device=DEVICE).bfloat16()
             rows[M] = replay([partial(call, x) for call in calls])
-        result[f"humming {name}"] = rows
-    return result
+        yield f"humming {name}", rows
 
 
-def mlx(K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]:
-    """MLX's `quantized_matmul` and dense product: 40 calls an evaluation, on the wall clock.
-
-    MLX compiles some ten seconds for each format and kind of M."""
+def mlx_core() -> ModuleType:
+    """MLX, imported only here: what does not time it runs without it."""
     import mlx.core as mx
-    import mlx_lowbit
 
     if not mx.cuda.is_available():
         raise ImportError("mlx without CUDA")
+    return mx
 
-    def timed(calls: list[Callable[[mx.array], mx.array]]) -> Rows:
-        rows = {}
-        for M in ms:
-            x = mx.random.normal((M, K)).astype(mx.bfloat16)
-            mx.eval(x)
-            many = calls * max(1, 40 // len(calls))
-            times = []
-            for _ in range(8):
-                begin = time.perf_counter()
-                mx.eval([call(x) for call in many])
-                mx.synchronize()
-                times.append((time.perf_counter() - begin) * 1e6 / len(many))
-            rows[M] = median_and_spread(times[1:])  # the first compiles
-        return rows
 
+def timed(calls: list[Callable[[], object]]) -> tuple[float, float]:
+    """(median, half the spread over the median) of one call of MLX, in microseconds.
+
+    On the wall clock, ``calls`` in turn: 5 evaluations of 1 to 40, of at most about 0.2 s."""
+    mx, turns = mlx_core(), cycle(calls)
+
+    def evaluate(count: int) -> float:
+        begin = time.perf_counter()
+        mx.eval([call() for call in islice(turns, count)])
+        mx.synchronize()
+        return (time.perf_counter() - begin) * 1e6 / count
+
+    evaluate(1)  # compiles
+    count = min(MOST_CALLS, max(1, int(MOST_US / evaluate(1))))
+    evaluate(count)  # allocates
+    return median_and_spread([evaluate(count) for _ in range(EVALUATIONS)])
+
+
+def mlx_name(name: str, quantize_x: bool) -> str:
+    """What rows of MLX's product in a format are called."""
+    return f"mlx qqmm {name}" if quantize_x else f"mlx {name}"
+
+
+def mlx_formats(names: list[str], quantize_x: bool) -> Iterator[tuple[str, dict[str, object]]]:
+    """What rows are called and MLX's keywords, of the formats that have the product."""
+    for f in map(formats().__getitem__, names):
+        if not quantize_x or f.mode in ("mxfp8", "nvfp4"):
+            shape = {"mode": f.mode, "bits": f.bits, "group_size": f.group}
+            yield mlx_name(f.name, quantize_x), shape
+
+
+def mlx(K: int, N: int, ms: list[int], names: list[str], quantize_x: bool) -> Timed[Rows]:
+    """MLX's dense product and its `quantized_matmul` or, with ``quantize_x``, its `qqmm`."""
+    mx = mlx_core()
+    xs = {M: mx.random.normal((M, K)).astype(mx.bfloat16) for M in ms}
     dense = [
         (0.02 * mx.random.normal((N, K))).astype(mx.bfloat16) for _ in range(copies(2 * N * K))
     ]
-    mx.eval(dense)
-    result = {"mlx bf16": timed([lambda x, w=w: x @ w.T for w in dense])}
-    for name in names:
-        f = next(f for f in mlx_lowbit.formats.FORMATS if f.name == name)
-        shape = {"mode": f.mode, "bits": f.bits, "group_size": f.group_size}
+    mx.eval(xs, dense)
+    product = mx.qqmm if quantize_x else mx.quantized_matmul  # of w^T, both
+    yield "mlx bf16", {M: timed([lambda x=x, w=w: x @ w.T for w in dense]) for M, x in xs.items()}
+    for who, shape in mlx_formats(names, quantize_x):
         one = mx.quantize(dense[0], **shape)
         count = copies(sum(part.nbytes for part in one))
         every = [[mx.array(part) + mx.zeros_like(part) for part in one] for _ in range(count)]
         mx.eval(every)
-        result[f"mlx {name}"] = timed(
-            [lambda x, w=w, s=shape: mx.quantized_matmul(x, *w, transpose=True, **s) for w in every]
+        yield (
+            who,
+            {M: timed([partial(product, x, *w, **shape) for w in every]) for M, x in xs.items()},
         )
-    return result
+
+
+def mlx_experts(
+    K: int, N: int, E: int, chosen: Chosen, names: list[str], quantize_x: bool
+) -> Timed[CaseTimes]:
+    """MLX's `gather_mm` and its `gather_qmm` or, with ``quantize_x``, its `gather_qqmm`.
+
+    Called as by mlx-lm's switch layers, with weights [E, N, K]."""
+    mx = mlx_core()
+
+    def operands(tokens: int, in_order: bool, experts: list[int]) -> tuple[object, object]:
+        """x [pairs, 1, K] and experts [pairs], or x [tokens, 1, 1, K] and experts [tokens, top]."""
+        rhs = mx.array(experts, mx.uint32)
+        rows = (len(experts), 1, K) if in_order else (tokens, 1, 1, K)
+        x = mx.random.normal(rows).astype(mx.bfloat16)
+        return x, rhs if in_order else rhs.reshape(tokens, -1)
+
+    pairs = {case: [operands(*case, experts) for experts in chosen[case]] for case in chosen}
+    dense = mx.stack([(0.02 * mx.random.normal((N, K))).astype(mx.bfloat16) for _ in range(E)])
+    mx.eval(list(pairs.values()), dense)
+
+    def measured(product: Callable[..., object]) -> CaseTimes:
+        return {
+            case: timed(
+                [partial(product, x, rhs_indices=r, sorted_indices=case[1]) for x, r in pairs[case]]
+            )
+            for case in pairs
+        }
+
+    gather = mx.gather_qqmm if quantize_x else mx.gather_qmm  # of w^T, both
+    yield "mlx bf16", measured(lambda x, **how: mx.gather_mm(x, dense.mT, **how))
+    for who, shape in mlx_formats(names, quantize_x):
+        w = mx.quantize(dense, **shape)
+        mx.eval(w)
+        yield who, measured(lambda x, w=w, s=shape, **how: gather(x, *w, **s, **how))
 
 
 PEERS = {"int4pack": int4pack, "humming": humming, "mlx": mlx}
+EXPERT_PEERS = {"mlx": mlx_experts}
 
 
 def versions() -> dict[str, str]:
@@ -140,10 +210,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(who: str, K: int, N: int, ms: list[int], names: list[str]) -> dict[str, Rows]:
-    """Rows of one peer by name; none, and a line why, where it is not installed."""
+def measure(who: str, peer: Callable[..., Timed[T]], *arguments: object) -> Timed[T]:
+    """What ``peer`` measures; nothing, and a line why, where it is not installed."""
     try:
-        return PEERS[who](K, N, ms, names)
+        yield from peer(*arguments)
     except ImportError as error:
         print(f"{who}: not timed ({error})", flush=True)
-        return {}

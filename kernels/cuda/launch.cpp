@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../host/backend.h"
+#include "attention.h"
 #include "device.h"
 #include "kernels.h"
 #include "launch_memory.h"
@@ -184,6 +185,9 @@ class EncoderQueue : public Queue {
     return static_cast<T*>(p);
   }
 
+  // An output that has the memory of an input.
+  void* shared(const mx::array& out) { return written(out); }
+
   void* scratch(size_t bytes) override {
     mx::array held(mx::Shape{1}, mx::uint8, nullptr, {});
     take_listed(held, bytes);
@@ -334,6 +338,28 @@ void launch_dequantize(Format format, const mx::array& w, const mx::array& scale
   dequantize(format, v, global, queue.output<void>(out), dtype_of(out.dtype()), queue);
 }
 
+void launch_cache_step(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+                       int offset, float scale, mx::Stream stream) {
+  EncoderQueue queue(stream);
+  const auto rows = [&](const mx::array& a) {
+    if (a.strides(3) == 1) return HeadRows{queue.input<void>(a), a.strides(0), a.strides(1)};
+    return HeadRows{cuda::rows(a, queue), int64_t(a.shape(1)) * a.shape(3), a.shape(3)};
+  };
+  const mx::array &keys = inputs[0], &q = inputs[2];
+  for (int i = 0; i < 2; i++) queue.input<void>(inputs[i]);
+  CacheStep p{};
+  p.dtype = dtype_of(keys.dtype());
+  p.sequences = keys.shape(0), p.heads = keys.shape(1), p.dims = keys.shape(3);
+  p.share = q.shape(1) / p.heads;
+  p.capacity = keys.shape(2), p.at = offset;
+  p.q = rows(q), p.k = rows(inputs[3]), p.v = rows(inputs[4]);
+  p.periods = inputs.size() > 5 ? queue.input<float>(inputs[5]) : nullptr;
+  p.scale = scale;
+  p.y = queue.output<void>(outputs[0]);
+  p.keys = queue.shared(outputs[1]), p.values = queue.shared(outputs[2]);
+  attend(p, queue);
+}
+
 bool on_tensor_cores(const Problem& problem, int index) {
   return plan(problem, device(index)).kernel != Plan::Kernel::simt;
 }
@@ -358,6 +384,8 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .launch = cuda::launch,
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,
+      .attends = cuda::attends,
+      .cache_step = cuda::launch_cache_step,
       .prepare = nullptr,
       .prepare_elements = nullptr,
       .takes_strides = true,

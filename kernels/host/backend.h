@@ -47,6 +47,12 @@ struct Backend {
                             const std::optional<mx::array>& biases,
                             const std::optional<mx::array>& global_scale, mx::array& out,
                             mx::Stream);
+  // CacheStep's (cache_step.h): whether it takes so many heads of queries for one of keys, of
+  // so many dims, and its launch, where outputs but y already share the memory of inputs. Null
+  // where MLX's own operations serve.
+  bool (*attends)(int share, int dims, Dtype);
+  void (*cache_step)(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+                     int offset, float scale, mx::Stream);
   // Compiles what a product, or Quantize (encode) and Dequantize of a dtype, will launch. For
   // backends that compile when they run; elsewhere null. Throws KernelRefused.
   void (*prepare)(const Problem&, int device);

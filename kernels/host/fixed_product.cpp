@@ -15,6 +15,14 @@ int64_t elements(const mx::Shape& shape) {
   return n;
 }
 
+// How many leading dimensions of a part make its rows; -1 where none do.
+int row_dimensions(const mx::Shape& shape, int64_t rows) {
+  int64_t product = 1;
+  int d = 0;
+  while (product < rows && d < int(shape.size())) product *= shape[d++];
+  return product == rows ? d : -1;
+}
+
 // In row order, and dense.
 mx::Strides packed(const mx::Shape& shape) {
   mx::Strides strides(shape.size(), 1);
@@ -40,15 +48,16 @@ void FixedProduct::eval(const std::vector<mx::array>& inputs, std::vector<mx::ar
     mx::Strides strides = packed(out.shape());
     mx::array::Flags flags{true, true, false};
     size_t size = out.size();
+    const int64_t own = int64_t(out.size()) / rows;
     if (rows > 1) {
-      for (size_t d = 0; d + 1 < strides.size(); d++)
-        strides[d] = strides[d] / out.shape(-1) * columns_;
+      for (int d = 0; d < row_dimensions(out.shape(), rows); d++)
+        strides[d] = strides[d] / own * columns_;
       flags = {false, false, false};
-      size = size_t(rows - 1) * columns_ + out.shape(-1);
+      size = size_t(rows - 1) * columns_ + own;
     }
     flags.col_contiguous = flags.row_contiguous && out.size() == size_t(out.shape(-1));
     out.copy_shared_buffer(whole, strides, flags, size, at);
-    at += out.size() / rows;
+    at += own;
   }
 }
 
@@ -111,8 +120,7 @@ std::vector<mx::array> fixed_product(const mx::array& x, const mx::array& w,
   for (const auto& each : shapes) {
     parts.emplace_back(each.begin(), each.end());
     const int64_t n = elements(parts.back());
-    const int own = parts.back().empty() ? 0 : parts.back().back();
-    if (n % rows != 0 || (shapes.size() > 1 && rows > 1 && n / rows != own))
+    if (n % rows != 0 || (shapes.size() > 1 && row_dimensions(parts.back(), rows) < 0))
       check.refuse("a part of shape ", parts.back(), " is no columns of ", rows, " rows");
     columns += n / rows;
   }

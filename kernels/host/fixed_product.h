@@ -35,10 +35,10 @@ class FixedProduct : public mx::Primitive {
 
 // quantized_matmul(x [..., K], w [N, K], ...) cut along N into one array for each of `shapes`,
 // in their order: shapes with as many elements for each row of x as the part has columns. A
-// single shape may be any; of several, the last dimension of each is its columns unless x has
-// one row. Nothing when this is no product for FixedProduct: another result dtype than x's,
-// weights that are no evaluated arrays, no kernel of ours that multiplies without decoding the
-// weights first. Refuses what quantized_matmul refuses.
+// single shape may be any; of several, the first dimensions of each are the rows. Nothing when
+// this is no product for FixedProduct: another result dtype than x's, weights that are no
+// evaluated arrays, no kernel of ours that multiplies without decoding the weights first.
+// Refuses what quantized_matmul refuses.
 std::vector<mx::array> fixed_product(const mx::array& x, const mx::array& w,
                                      const mx::array& scales, const OptionalArray& biases,
                                      const OptionalArray& bias, Format,

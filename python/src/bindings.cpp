@@ -14,6 +14,7 @@
 #include "formats/mxfp8.h"
 #include "formats/nvfp4.h"
 #include "host/backend.h"
+#include "host/cache_step.h"
 #include "host/fixed_product.h"
 #include "host/ops.h"
 #include "host/plan.h"
@@ -151,6 +152,20 @@ NB_MODULE(_ext, m) {
       "x"_a, "w"_a, "scales"_a, "biases"_a.none(), "bias"_a.none(), "format"_a, "shapes"_a,
       "x @ w^T + bias cut along N into arrays of these shapes, with weights that belong to the "
       "operation and have no derivatives; an empty list where it cannot be made.");
+  m.def(
+      "takes_cache_step",
+      [](const array& keys, int heads) { return lowbit::takes_cache_step(keys, heads, {}); },
+      "keys"_a, "heads"_a, "Whether cache_step takes so many heads of queries for these keys.");
+  m.def(
+      "cache_step",
+      [](const array& keys, const array& values, const array& q, const array& k, const array& v,
+         const OptionalArray& periods, int offset, float scale) {
+        return lowbit::cache_step(keys, values, q, k, v, periods, offset, scale, {});
+      },
+      "keys"_a, "values"_a, "q"_a, "k"_a, "v"_a, "periods"_a.none(), "offset"_a, "scale"_a,
+      "Attention of one more token of each sequence, and a cache's arrays with it, in the "
+      "memory "
+      "that they have; an empty list where it cannot be made.");
   m.def(
       "qqmm",
       [](const array& x, const array& w, const array& scales, const OptionalArray& bias,

@@ -1,6 +1,8 @@
 // Operands on the device, with nothing readable (or only NaN) around them.
 #pragma once
 
+#include <algorithm>
+
 #include "stream_queue.h"
 
 namespace lowbit::check {
