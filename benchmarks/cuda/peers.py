@@ -154,10 +154,8 @@ def mlx(K: int, N: int, ms: list[int], names: list[str], quantize_x: bool) -> Ti
         count = copies(sum(part.nbytes for part in one))
         every = [[mx.array(part) + mx.zeros_like(part) for part in one] for _ in range(count)]
         mx.eval(every)
-        yield (
-            who,
-            {M: timed([partial(product, x, *w, **shape) for w in every]) for M, x in xs.items()},
-        )
+        times = {M: timed([partial(product, x, *w, **shape) for w in every]) for M, x in xs.items()}
+        yield who, times
 
 
 def mlx_experts(

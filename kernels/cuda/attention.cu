@@ -5,18 +5,20 @@
 // tokens. Its warps take tiles of 16 tokens in turn. k and v are read once, past shared memory,
 // since the order of what a multiply sums over is free, and so is that of the rows of y:
 //
-//   s[16 tokens, 8 heads] = k q^T   lane 4 g + c has 8 dims from 32 i + 8 c on of tokens g, g +
-//   8 y[16 dims, 8 heads] += v^T p^T  lane 4 g + c has 8 dims from 64 i + 8 g on of tokens 2 c,
-//                                   2 c + 1, 2 c + 8, 2 c + 9; multiply j of a piece of 64
-//                                   makes dims 8 g + 2 j, 8 g + 2 j + 1 the rows g, g + 8
+//   s[16 tokens, 8 heads] = k q^T   Lane 4 g + c has 8 dims of tokens g and g + 8, from
+//                                   32 i + 8 c on.
+//
+//   y[16 dims, 8 heads] += v^T p^T  Lane 4 g + c has 8 dims of tokens 2 c, 2 c + 1, 2 c + 8 and
+//                                   2 c + 9, from 64 i + 8 g on; dims 2 j and 2 j + 1 of them
+//                                   are rows g and g + 8 of multiply j.
 //
 // A tile's s becomes operand p^T of 8 x 8 by movmatrix. Maxima and sums are each warp's own;
 // warps, then parts, are put together in their order.
 //
-// H200, 2026-11-30, 2048 tokens, 32 heads on 8 of 128, cold: 16 sequences 38.5 us, 134 MB at 3.5
-// TB/s (in a model 43; cuDNN there 83, and MLX's rotations and slice updates 18 more); one
-// sequence 10.1, two of them for its second kernel. Two accumulators of s in turns: 39.6 and
-// 10.2. 8 warps, two blocks a processor: 41.8 and 10.0.
+// H200, 2026-11-30, 2048 tokens, 32 heads on 8 of 128, cold: 16 sequences 38.5 us, 134 MB
+// at 3.5 TB/s (in a model 43; cuDNN there 83, and MLX's rotations and slice updates 18 more),
+// one sequence 10.1. With two accumulators of s in turns 39.6 and 10.2; with those and 8 warps,
+// two blocks a processor, 41.8 and 10.0.
 #include <algorithm>
 #include <type_traits>
 

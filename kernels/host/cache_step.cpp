@@ -38,7 +38,7 @@ void CacheStep::eval_gpu(const std::vector<mx::array>& inputs,
 }
 
 bool takes_cache_step(const mx::array& keys, int heads, mx::StreamOrDevice s) {
-  if (keys.ndim() != 4 || keys.shape(1) == 0 || heads % keys.shape(1)) return false;
+  if (keys.ndim() != 4 || keys.size() == 0 || heads == 0 || heads % keys.shape(1)) return false;
   return mx::to_stream(s).device == mx::Device::gpu && issubdtype(keys.dtype(), mx::floating) &&
          gpu_loaded() && gpu().attends &&
          gpu().attends(heads / keys.shape(1), keys.shape(3), dtype_of(keys.dtype()));

@@ -35,8 +35,8 @@ class CacheStep : public mx::Primitive {
   float scale_;
 };
 
-// Whether cache_step() on that device takes `heads` heads of queries for keys [B, H, capacity,
-// D].
+// Whether cache_step() on that device takes `heads` heads of queries for these keys
+// [B, H, capacity, D].
 bool takes_cache_step(const mx::array& keys, int heads, mx::StreamOrDevice s);
 
 // keys, values [B, H, capacity, D], q [B, H * share, 1, D], k, v [B, H, 1, D] of one dtype ->

@@ -163,9 +163,8 @@ NB_MODULE(_ext, m) {
         return lowbit::cache_step(keys, values, q, k, v, periods, offset, scale, {});
       },
       "keys"_a, "values"_a, "q"_a, "k"_a, "v"_a, "periods"_a.none(), "offset"_a, "scale"_a,
-      "Attention of one more token of each sequence, and a cache's arrays with it, in the "
-      "memory "
-      "that they have; an empty list where it cannot be made.");
+      "Attention of one more token of each sequence, and a cache's arrays with that token in "
+      "the memory that they have; an empty list where it cannot be made.");
   m.def(
       "qqmm",
       [](const array& x, const array& w, const array& scales, const OptionalArray& bias,
