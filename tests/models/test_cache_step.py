@@ -12,7 +12,7 @@ import mlx.nn as mlx_nn
 import numpy as np
 import pytest
 from mlx_lowbit import accelerate, backend, memory
-from mlx_lowbit.nn import cache_step
+from mlx_lowbit.nn import cache_step, step
 
 cache_module = pytest.importorskip("mlx_lm.models.cache")
 llama = pytest.importorskip("mlx_lm.models.llama")
@@ -291,7 +291,14 @@ def test_refused(change, message):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_model(batch, in_place):
+def test_a_model(batch, in_place, monkeypatch):
+    parts, product = [], step._ext.fixed_product
+
+    def counted(*a):
+        parts.append(len(a[-1]))
+        return product(*a)
+
+    monkeypatch.setattr(step._ext, "fixed_product", counted)
     config = {
         "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 160,
         "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -320,4 +327,5 @@ def test_a_model(batch, in_place):
     assert not in_place
     got = logits(merge=True, compile=True)
     assert len(in_place) == 2 * 4
+    assert parts.count(3) >= 2  # queries, keys and values of a block are one product
     assert np.linalg.norm(got - expected) <= 2**-6 * np.linalg.norm(expected)
