@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../host/backend.h"
-#include "attention.h"
+#include "cache_step.h"
 #include "device.h"
 #include "kernels.h"
 #include "launch_memory.h"
@@ -185,8 +185,11 @@ class EncoderQueue : public Queue {
     return static_cast<T*>(p);
   }
 
-  // An output that has the memory of an input.
-  void* shared(const mx::array& out) { return written(out); }
+  // Which has memory already: taken here, or an input's.
+  void* written(const mx::array& a) {
+    written_.push_back(a);
+    return address(a);
+  }
 
   void* scratch(size_t bytes) override {
     mx::array held(mx::Shape{1}, mx::uint8, nullptr, {});
@@ -227,11 +230,6 @@ class EncoderQueue : public Queue {
   void take_listed(mx::array& a, size_t bytes) {
     a.set_data(take(bytes, index_, encoder_.stream()));
     encoder_.add_temporary(a);
-  }
-
-  void* written(const mx::array& a) {
-    written_.push_back(a);
-    return address(a);
   }
 
   const mx::Stream stream_;
@@ -341,23 +339,24 @@ void launch_dequantize(Format format, const mx::array& w, const mx::array& scale
 void launch_cache_step(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
                        int offset, float scale, mx::Stream stream) {
   EncoderQueue queue(stream);
-  const auto rows = [&](const mx::array& a) {
+  const mx::array &keys = inputs[0], &values = inputs[1], &q = inputs[2], &k = inputs[3],
+                  &v = inputs[4];
+  const auto heads = [&](const mx::array& a) {
     if (a.strides(3) == 1) return HeadRows{queue.input<void>(a), a.strides(0), a.strides(1)};
-    return HeadRows{cuda::rows(a, queue), int64_t(a.shape(1)) * a.shape(3), a.shape(3)};
+    return HeadRows{rows(a, queue), int64_t(a.shape(1)) * a.shape(3), a.shape(3)};
   };
-  const mx::array &keys = inputs[0], &q = inputs[2];
-  for (int i = 0; i < 2; i++) queue.input<void>(inputs[i]);
+  queue.input<void>(keys), queue.input<void>(values);
   CacheStep p{};
   p.dtype = dtype_of(keys.dtype());
   p.sequences = keys.shape(0), p.heads = keys.shape(1), p.dims = keys.shape(3);
   p.share = q.shape(1) / p.heads;
   p.capacity = keys.shape(2), p.at = offset;
-  p.q = rows(q), p.k = rows(inputs[3]), p.v = rows(inputs[4]);
+  p.q = heads(q), p.k = heads(k), p.v = heads(v);
   p.periods = inputs.size() > 5 ? queue.input<float>(inputs[5]) : nullptr;
   p.scale = scale;
   p.y = queue.output<void>(outputs[0]);
-  p.keys = queue.shared(outputs[1]), p.values = queue.shared(outputs[2]);
-  attend(p, queue);
+  p.keys = queue.written(outputs[1]), p.values = queue.written(outputs[2]);
+  cache_step(p, queue);
 }
 
 bool on_tensor_cores(const Problem& problem, int index) {
@@ -384,7 +383,7 @@ extern "C" __attribute__((visibility("default"))) const lowbit::Backend* lowbit_
       .launch = cuda::launch,
       .launch_quantize = cuda::launch_quantize,
       .launch_dequantize = cuda::launch_dequantize,
-      .attends = cuda::attends,
+      .takes_cache_step = cuda::takes_cache_step,
       .cache_step = cuda::launch_cache_step,
       .prepare = nullptr,
       .prepare_elements = nullptr,

@@ -50,7 +50,7 @@ struct Backend {
   // CacheStep's (cache_step.h): whether it takes so many heads of queries for one of keys, of
   // so many dims, and its launch, where outputs but y already share the memory of inputs. Null
   // where MLX's own operations serve.
-  bool (*attends)(int share, int dims, Dtype);
+  bool (*takes_cache_step)(int share, int dims, Dtype);
   void (*cache_step)(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
                      int offset, float scale, mx::Stream);
   // Compiles what a product, or Quantize (encode) and Dequantize of a dtype, will launch. For

@@ -1,6 +1,5 @@
 #include "cache_step.h"
 
-#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
@@ -14,7 +13,7 @@ namespace {
 // Whether it is known, and in row order from a multiple of 16 bytes on.
 bool in_row_order(const mx::array& cache) {
   if (cache.status() == mx::array::Status::unscheduled)
-    return cache.has_primitive() && std::strcmp(cache.primitive().name(), kCacheStep) == 0;
+    return cache.has_primitive() && dynamic_cast<const CacheStep*>(&cache.primitive());
   return cache.flags().row_contiguous && cache.offset() % 16 == 0;
 }
 
@@ -40,8 +39,8 @@ void CacheStep::eval_gpu(const std::vector<mx::array>& inputs,
 bool takes_cache_step(const mx::array& keys, int heads, mx::StreamOrDevice s) {
   if (keys.ndim() != 4 || keys.size() == 0 || heads == 0 || heads % keys.shape(1)) return false;
   return mx::to_stream(s).device == mx::Device::gpu && issubdtype(keys.dtype(), mx::floating) &&
-         gpu_loaded() && gpu().attends &&
-         gpu().attends(heads / keys.shape(1), keys.shape(3), dtype_of(keys.dtype()));
+         gpu_loaded() && gpu().takes_cache_step &&
+         gpu().takes_cache_step(heads / keys.shape(1), keys.shape(3), dtype_of(keys.dtype()));
 }
 
 std::vector<mx::array> cache_step(const mx::array& keys, const mx::array& values,

@@ -15,8 +15,6 @@
 
 namespace lowbit {
 
-inline constexpr const char* kCacheStep = "LowbitCacheStep";
-
 class CacheStep : public mx::Primitive {
  public:
   CacheStep(mx::Stream stream, int offset, float scale)
@@ -24,7 +22,7 @@ class CacheStep : public mx::Primitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  const char* name() const override { return kCacheStep; }
+  const char* name() const override { return "LowbitCacheStep"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const CacheStep&>(other);
     return offset_ == o.offset_ && scale_ == o.scale_;

@@ -279,7 +279,7 @@ const lowbit::Backend* lowbit::metal_backend() {
       .launch = metal::launch,
       .launch_quantize = metal::launch_quantize,
       .launch_dequantize = metal::launch_dequantize,
-      .attends = nullptr,
+      .takes_cache_step = nullptr,
       .cache_step = nullptr,
       .prepare = metal::prepare_product,
       .prepare_elements = metal::prepare_elements,

@@ -13,8 +13,8 @@ batch 16 4.3 and 6.5 to 8.3.
 
 from __future__ import annotations
 
+import functools
 import sys
-from functools import cache as kept
 from typing import Any
 
 import mlx.core as mx
@@ -104,6 +104,6 @@ def periods_of(rope: mlx_nn.Module, dims: int) -> mx.array | None:
     return freqs if isinstance(freqs, mx.array) and freqs.dtype == mx.float32 else None
 
 
-@kept
+@functools.cache
 def _periods(dims: int, base: float, scale: float) -> mx.array:
     return mx.array([base ** (d / dims) / scale for d in range(0, dims, 2)], mx.float32)

@@ -54,13 +54,13 @@ class Step:
     """What one block computes for one token, from the arrays and layers that it holds now."""
 
     __slots__ = (
-        "after", "attention", "attention_of", "before", "copies", "kinds", "modules", "periods",
-        "project", "values",
+        "after", "attend", "attention", "before", "copies", "kinds", "modules", "periods", "project",
+        "values",
     )  # fmt: skip
 
-    def __init__(self, block: mlx_nn.Module, attention_of: Callable[..., mx.array]) -> None:
+    def __init__(self, block: mlx_nn.Module, attend: Callable[..., mx.array]) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self.attention, self.attention_of = attention, attention_of
+        self.attention, self.attend = attention, attend
         # All but the block, which keeps this object: no reference goes back to it.
         self.modules = (
             attention, mlp, attention.rope,
@@ -82,20 +82,17 @@ class Step:
         gate, up, down = (mlp[name] for name in _FEED_FORWARD)
         activate = vars(sys.modules[type(mlp).__module__])["swiglu"]
 
-        def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            batch, rows = x.shape[0], norms[0](x)
-            # One rotation for the heads of queries and keys where they are one array.
-            dims = [(batch, n, 1, width) for n in (sum(heads), heads[1])]
-            if batch == 1 and (parts := shared_product(projections, rows, dims)):
-                return (*mx.split(rope(parts[0], offset=offset), [heads[0]], axis=1), parts[1])
-            dims = [(batch, n, 1, width) for n in (*heads, heads[1])]
-            queries, keys, values = products(projections, rows, dims)
-            return rope(queries, offset=offset), rope(keys, offset=offset), values
+        def project(x: mx.array, strided: bool = True) -> list[mx.array]:
+            dims = [(x.shape[0], n, 1, width) for n in (*heads, heads[1])]
+            return products(projections, norms[0](x), dims, strided)
 
-        def project(x: mx.array) -> list[mx.array]:
-            batch, rows = x.shape[0], norms[0](x)
-            dims = [(batch, n, 1, width) for n in (*heads, heads[1])]
-            return products(projections, rows, dims, strided=True)
+        def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            # One rotation for the heads of queries and keys where they are one array.
+            dims = [(1, n, 1, width) for n in (sum(heads), heads[1])]
+            if x.shape[0] == 1 and (parts := shared_product(projections, norms[0](x), dims)):
+                return (*mx.split(rope(parts[0], offset=offset), [heads[0]], axis=1), parts[1])
+            queries, keys, values = project(x, strided=False)
+            return rope(queries, offset=offset), rope(keys, offset=offset), values
 
         def after(x: mx.array, y: mx.array) -> mx.array:
             batch, dims = x.shape[0], x.shape
@@ -104,9 +101,8 @@ class Step:
             inner = activate(*products([gate, up], norms[1](h), wide))
             return h + products([down], inner, [dims])[0]
 
-        self.before, self.after = mx.compile(before), mx.compile(after)
+        self.project, self.before, self.after = map(mx.compile, (project, before, after))
         self.periods = cache_step.periods_of(rope, width)
-        self.project = None if self.periods is None else mx.compile(project)
 
     def holds(self, block: mlx_nn.Module) -> bool:
         """Whether ``block`` still consists of the layers and arrays that were compiled."""
@@ -114,18 +110,24 @@ class Step:
             map(operator.is_, map(type, self.modules), self.kinds)
         )
 
+    def rotated(self, x: mx.array, cache: Any) -> tuple[mx.array, ...]:
+        """Queries, keys and values of x [B, 1, dims], each [B, heads, 1, width]."""
+        offset = cache.offset
+        return self.before(x, position(offset) if type(offset) is int else offset)
+
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
         """x [B, 1, dims] with a cache -> [B, 1, dims]."""
-        offset, scale = cache.offset, self.attention.scale
-        if self.project and cache_step.ready(cache, mask):
-            y = cache_step.attend(cache, *self.project(x), self.periods, scale)
+        scale = self.attention.scale
+        if cache_step.ready(cache, mask):
+            parts = self.rotated(x, cache) if self.periods is None else self.project(x)
+            y = cache_step.attend(cache, *parts, self.periods, scale)
             if y is not None:
                 return self.after(x, y)
         cache_step.forget(cache)
-        queries, keys, values = self.before(x, position(offset) if type(offset) is int else offset)
+        queries, keys, values = self.rotated(x, cache)
         keys, values = cache.update_and_fetch(keys, values)
         cache_step.note(cache, queries.shape[1])
-        y = self.attention_of(queries, keys, values, cache=cache, scale=scale, mask=mask)
+        y = self.attend(queries, keys, values, cache=cache, scale=scale, mask=mask)
         return self.after(x, y)
 
     def __deepcopy__(self, _: dict[int, Any]) -> None:

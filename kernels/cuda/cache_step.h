@@ -1,4 +1,4 @@
-// What attention.cu is asked for.
+// What cache_step.cu is asked for.
 #pragma once
 
 #include "kernels.h"
@@ -27,8 +27,8 @@ struct CacheStep {
   float scale;
 };
 
-// Whether attend() takes so many heads of q for one of k, of so many dims.
-bool attends(int share, int dims, Dtype);
-void attend(const CacheStep&, Queue&);
+// Whether cache_step() takes so many heads of q for one of k, of so many dims.
+bool takes_cache_step(int share, int dims, Dtype);
+void cache_step(const CacheStep&, Queue&);
 
 }  // namespace lowbit::cuda

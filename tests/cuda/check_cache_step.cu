@@ -1,15 +1,16 @@
-// The attention of one token against float64, without MLX and without Python.
+// One more token in a cache, and its attention, against float64, without MLX and without
+// Python.
 //
 //   nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -Ikernels
-//     tests/cuda/check_attention.cu kernels/cuda/attention.cu -o check_attention
-//   ./check_attention; compute-sanitizer --tool memcheck ./check_attention --quick
+//     tests/cuda/check_cache_step.cu kernels/cuda/cache_step.cu -o check_cache_step
+//   ./check_cache_step; compute-sanitizer --tool memcheck ./check_cache_step --quick
 //
 // Exits 1 on any failure. y is NaN before it is computed, and so is everything of the cache
 // that is not to be read, around it, and between the rows of q, k and v.
 #include <cstdio>
 #include <cstring>
 
-#include "cuda/attention.h"
+#include "cuda/cache_step.h"
 #include "device_memory.h"
 #include "numbers.h"
 
@@ -110,7 +111,7 @@ std::string check(const Case& c, StreamQueue& queue, DeviceMemory& memory, doubl
   p.y = memory.make(y.size(), 0, stream);
   p.periods = memory.copy(periods, 0, stream);
   p.scale = float(1 / std::sqrt(double(c.dims)));
-  cuda::attend(p, queue);
+  cuda::cache_step(p, queue);
   require(cudaGetLastError(), "launch");
   const bool inside = memory.fetch(p.y, y, stream) & memory.fetch(p.keys, keys_after, stream) &
                       memory.fetch(p.values, values_after, stream);
@@ -174,7 +175,7 @@ int run(bool quick) {
     if (!wrong.empty() && failures++ < 20)
       std::printf("FAILED %s: %s\n", c.text().c_str(), wrong.c_str());
   }
-  std::printf("attention  %d cases, %d failed; worst error %.3f of the bound\n", count,
+  std::printf("cache_step %d cases, %d failed; worst error %.3f of the bound\n", count,
               failures, worst);
   return failures ? 1 : 0;
 }

@@ -22,13 +22,14 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "attention.h"
+#include "cache_step.h"
 #include "half.h"
 
 namespace lowbit::cuda {
 
 namespace {
 
+constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kTile = 16, kMostHeads = 8, kWarps = 16, kThreads = 32 * kWarps;
 
 struct Args {
@@ -130,8 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   const float scale = p.scale * 1.4426950408889634f;  // exponents are of 2
-  const float infinity = __int_as_float(0x7f800000);
-  float maximum[2] = {-infinity, -infinity}, sum[2] = {}, y[D / 64][4][4] = {};
+  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, y[D / 64][4][4] = {};
   for (; tile < end; tile += kWarps) {
     const bool more = tile + kWarps < end;
     float s[4] = {};
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      s[i] = tile * kTile + g + i / 2 * 8 <= p.at ? s[i] * scale : -infinity;
+      s[i] = tile * kTile + g + i / 2 * 8 <= p.at ? s[i] * scale : -kInfinity;
     bool higher = false;
     float most[2];
 #pragma unroll
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         most[h] = fmaxf(most[h], maximum[h]);
-        factor[h] = most[h] == -infinity ? 1.0f : exp2f(maximum[h] - most[h]);
+        factor[h] = most[h] == -kInfinity ? 1.0f : exp2f(maximum[h] - most[h]);
         sum[h] *= factor[h];
         maximum[h] = most[h];
       }
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float base = maximum[i % 2] == -infinity ? 0.0f : maximum[i % 2];
+      const float base = maximum[i % 2] == -kInfinity ? 0.0f : maximum[i % 2];
       s[i] = exp2f(s[i] - base);
       sum[i % 2] += s[i];
     }
@@ -205,13 +205,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (g == 0) maxima[warp][2 * c + h] = maximum[h], sums[warp][2 * c + h] = sum[h];
   }
   __syncthreads();
+  const auto most_of = [&](int q) {
+    float most = maxima[0][q];
+    for (int w = 1; w < kWarps; w++) most = fmaxf(most, maxima[w][q]);
+    return most;
+  };
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int q = 2 * c + h;
     if (q >= p.share) continue;
-    float most = maxima[0][q];
-    for (int w = 1; w < kWarps; w++) most = fmaxf(most, maxima[w][q]);
-    const float factor = exp2f(maximum[h] - most);
+    const float factor = exp2f(maximum[h] - most_of(q));
 #pragma unroll
     for (int i = 0; i < D / 64; i++)
 #pragma unroll
@@ -222,8 +225,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   for (int i = thread; i < p.share * D; i += kThreads) {
     const int q = i / D, d = i % D;
-    float most = maxima[0][q], all = 0.0f, total = 0.0f;
-    for (int w = 1; w < kWarps; w++) most = fmaxf(most, maxima[w][q]);
+    const float most = most_of(q);
+    float all = 0.0f, total = 0.0f;
     for (int w = 0; w < kWarps; w++) {
       all += sums[w][q] * exp2f(maxima[w][q] - most);
       total += parts[(w * p.share + q) * D + d];
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(D) combine_kernel(const __grid_constant__ Args
   const int lane = int(threadIdx.x) % 32;
   const int64_t next = int64_t(a.step.share) * (D + 2);
   const float* from = a.partial + (int64_t(pair) * a.parts * a.step.share + q) * (D + 2);
-  float most = -__int_as_float(0x7f800000), all = 0.0f, total = 0.0f;
+  float most = -kInfinity, all = 0.0f, total = 0.0f;
   for (int part = lane; part < a.parts; part += 32) most = fmaxf(most, from[part * next + D]);
 #pragma unroll
   for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
@@ -277,11 +280,11 @@ void attend_with(const CacheStep& p, Queue& queue) {
 
 }  // namespace
 
-bool attends(int share, int dims, Dtype dtype) {
+bool takes_cache_step(int share, int dims, Dtype dtype) {
   return share <= kMostHeads && (dims == 64 || dims == 128) && dtype != Dtype::f32;
 }
 
-void attend(const CacheStep& p, Queue& queue) {
+void cache_step(const CacheStep& p, Queue& queue) {
   const auto with = [&]<class T>(T) {
     p.dims == 64 ? attend_with<T, 64>(p, queue) : attend_with<T, 128>(p, queue);
   };
